@@ -1,0 +1,13 @@
+"""Errors of data preparation; the class says who must act. Every UserError ends a command with exit code 2."""
+
+
+class UserError(Exception):
+    """The user's mistake: the message says what was given, what is allowed and what to do."""
+
+
+class DataError(UserError):
+    """An input that cannot be read or cleaned as asked."""
+
+
+class ShardError(DataError):
+    """A shard or manifest that is missing, broken or not what the model needs."""

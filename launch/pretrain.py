@@ -1,0 +1,62 @@
+"""Pre-train BERT progressively: all stages of a recipe, in one job, resuming where it stands.
+
+example (2 ranks on one machine):
+  deepspeed --num_accelerators 2 launch/pretrain.py --recipe launch/recipes/demo.json \\
+      --data DATA_DIR --run-dir RUN_DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from stacking.deepspeed_config import load_deepspeed_config
+
+from stacking import Trainer, distributed
+from stacking.config_loading import load_recipe
+from stacking.errors import UserError
+from stacking.trainer import Outcome
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; DeepSpeed's launcher adds --local_rank."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--recipe", type=Path, required=True, help="what is trained: launch/recipes/*.json")
+    add("--data", type=Path, required=True, help="folder made by prepare_data.py, or NVIDIA shards")
+    add("--run-dir", type=Path, required=True, help="where the run is written; never overwritten")
+    add("--deepspeed_config", type=Path, default=None,
+        help="how it runs: deepspeed_configs/*.json (default: fp16_fused_adam)")  # fmt: skip
+    add("--set", action="append", default=[], metavar="KEY=VALUE",
+        help="change one recipe value, such as learning_rate.peak=1e-3; repeatable")  # fmt: skip
+    add("--resume", default="auto", metavar="auto|never|TAG",
+        help="continue a run (default), insist on a new one, or continue a tag")  # fmt: skip
+    add("--strict-precision", action="store_true",
+        help="refuse to run in another precision than the JSON's")  # fmt: skip
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """0 done, 1 our bug, 2 the user's mistake, 3 stopped early and resumable."""
+    arguments = parse_arguments()
+    try:
+        trainer = Trainer(
+            load_recipe(arguments.recipe, arguments.set),
+            load_deepspeed_config(arguments.deepspeed_config),
+            data_dir=arguments.data,
+            run_dir=arguments.run_dir,
+            resume=arguments.resume,
+            strict_precision=arguments.strict_precision,
+        )
+        outcome = trainer.fit()
+    except UserError as error:
+        if distributed.is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if outcome is Outcome.DONE else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

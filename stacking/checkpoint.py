@@ -1,0 +1,197 @@
+"""Checkpoints of a run: a Snapshot and a TrainState in, a committed folder out, and back.
+
+`checkpoints/<tag>/` holds weights.safetensors and moments.safetensors (full size, fp32, independent
+of ranks and ZeRO stage; nothing is pickled), state.json, and COMMITTED: the other files' sizes and
+sha256. The folder is written under another name, synced, and renamed as its last act, so a tag
+either is whole or does not exist.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from stacking.engine import MOMENTS, Snapshot
+from stacking.errors import CheckpointError
+
+MARKER = "COMMITTED"
+WEIGHTS, MOMENTS_FILE, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+
+
+class TrainState(BaseModel):
+    """All that decides the next batch and update, besides weights and moments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    global_step: int = Field(ge=0, description="Optimizer steps done in the whole run.")
+    stage: int = Field(ge=0, description="0-based growth stage of the weights.")
+    num_hidden_layers: int = Field(gt=0, description="Depth of the weights.")
+    optimizer_steps: int = Field(ge=0, description="Adam's step count, since fresh moments.")
+    loss_scale: float | None = Field(None, description="fp16 loss scale.")
+    loader: dict[str, int] = Field(description="PretrainingLoader.state_dict().")
+    sample_hash: str = Field("", description="Chained digest of every step's sample indices.")
+    tokens: int = Field(0, ge=0, description="Tokens trained on, padding included.")
+    real_tokens: int = Field(0, ge=0, description="Tokens trained on, padding excluded.")
+    elapsed_seconds: float = Field(0.0, ge=0, description="Training time over all sessions.")
+    recipe_sha256: str = Field(description="Digest of what is trained.")
+
+
+class Checkpoint:
+    """One committed tag on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read and check the small files; CheckpointError names what is wrong."""
+        self.folder = folder
+        self.tag = folder.name
+        try:
+            marker = json.loads((folder / MARKER).read_text())
+            self._files: dict[str, dict[str, object]] = marker["files"]
+            self.state = TrainState.model_validate_json((folder / STATE).read_text())
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            raise CheckpointError(f"{folder}: not a committed checkpoint ({error})") from error
+
+    def verify(self) -> None:
+        """Compare every file with the marker; CheckpointError on a difference."""
+        for name, expected in self._files.items():
+            path = self.folder / name
+            if not path.is_file() or _fingerprint(path) != expected:
+                raise CheckpointError(
+                    f"{path}: missing or changed since it was committed; resume from another tag "
+                    f"(--resume TAG) or delete {self.folder}"
+                )
+
+    def weights(self) -> dict[str, Tensor]:
+        """fp32 weights by parameter name."""
+        return self._load(WEIGHTS)
+
+    def snapshot(self) -> Snapshot:
+        """Weights, moments and counters as they were saved."""
+        flat = self._load(MOMENTS_FILE) if self.state.optimizer_steps else {}
+        moments = {
+            key: {n.split("/", 1)[1]: t for n, t in flat.items() if n.startswith(key + "/")}
+            for key in (MOMENTS if flat else ())
+        }
+        state = self.state
+        return Snapshot(self.weights(), moments, state.optimizer_steps, state.loss_scale)
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        try:
+            return safetensors.torch.load_file(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be read ({error})") from error
+
+
+class CheckpointManager:
+    """The tags of one run folder."""
+
+    def __init__(self, folder: Path, keep_last: int = 2) -> None:
+        """`folder`: RUN_DIR/checkpoints; `keep_last`: how many periodic tags stay."""
+        self.folder = folder
+        self.keep_last = keep_last
+
+    def committed(self) -> list[Checkpoint]:
+        """All committed tags, oldest first."""
+        found = [Checkpoint(marker.parent) for marker in self.folder.glob(f"*/{MARKER}")
+                 if not marker.parent.name.startswith(".")]  # fmt: skip
+        return sorted(found, key=lambda c: (c.state.global_step, c.state.stage, c.tag))
+
+    def latest(self) -> Checkpoint | None:
+        """The furthest committed tag, None in a new run."""
+        found = self.committed()
+        return found[-1] if found else None
+
+    def latest_good(self) -> tuple[Checkpoint | None, list[str]]:
+        """The furthest tag whose files are unchanged, and one line for each that is not."""
+        complaints = []
+        for checkpoint in reversed(self.committed()):
+            try:
+                checkpoint.verify()
+            except CheckpointError as error:
+                complaints.append(str(error))
+            else:
+                return checkpoint, complaints
+        return None, complaints
+
+    def load(self, tag: str) -> Checkpoint:
+        """The named tag, verified."""
+        if not (self.folder / tag / MARKER).is_file():
+            known = ", ".join(c.tag for c in self.committed()) or "none"
+            raise CheckpointError(
+                f"no committed checkpoint {tag!r} in {self.folder}; there: {known}"
+            )
+        checkpoint = Checkpoint(self.folder / tag)
+        checkpoint.verify()
+        return checkpoint
+
+    def save(self, tag: str, snapshot: Snapshot, state: TrainState) -> None:
+        """Write and commit one tag; one rank only. CheckpointError on a full or read-only disk."""
+        temporary = self.folder / f".{tag}.{os.getpid()}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            temporary.mkdir()
+            safetensors.torch.save_file(snapshot.weights, temporary / WEIGHTS)
+            flat = {f"{key}/{name}": tensor for key, named in snapshot.moments.items()
+                    for name, tensor in named.items()}  # fmt: skip
+            if flat:
+                safetensors.torch.save_file(flat, temporary / MOMENTS_FILE)
+            (temporary / STATE).write_text(state.model_dump_json(indent=1))
+            files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+            (temporary / MARKER).write_text(json.dumps({"tag": tag, "files": files}, indent=1))
+            _sync(temporary)
+            self._replace(temporary, self.folder / tag)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"checkpoint {tag!r} could not be written to {self.folder}: {error}; free some "
+                "space or make the folder writable, then run the same command again to continue"
+            ) from error
+        self._retire()
+
+    def _replace(self, temporary: Path, final: Path) -> None:
+        old = self.folder / f".{final.name}.old"
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        _sync_folder(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(".*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _retire(self) -> None:
+        periodic = [c for c in self.committed() if c.tag.startswith("step_")]
+        for checkpoint in periodic[: -self.keep_last]:
+            # The marker goes first: a half-deleted tag must not look committed.
+            (checkpoint.folder / MARKER).unlink()
+            shutil.rmtree(checkpoint.folder)
+
+
+def _fingerprint(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
+        if digest is None:  # Python 3.10
+            digest = hashlib.sha256(file.read())
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

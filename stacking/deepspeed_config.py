@@ -1,0 +1,320 @@
+"""The DeepSpeed JSON in, checked; with a recipe and an accelerator: what `initialize` gets, out.
+
+Layer 1: pure functions, DeepSpeed is never imported.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from stacking.config import Recipe
+from stacking.config_loading import JsonObject, merge, read_json_object
+from stacking.deepspeed_checks import DeepSpeedConfig, check_document
+from stacking.deepspeed_schema import EngineSettings
+from stacking.errors import ConfigError
+
+__all__ = [
+    "Accelerator",
+    "DeepSpeedConfig",
+    "Precision",
+    "ResolvedEngine",
+    "asked_precision",
+    "default_config_path",
+    "load_deepspeed_config",
+    "place_monitors",
+    "resolve",
+    "resolve_stages",
+]
+
+Precision = Literal["fp32", "fp16", "bf16", "bf16_autocast"]
+
+DEFAULT_CONFIG = "fp16_fused_adam.json"
+_LARGEST_LISTED_MICRO_BATCH = 1024  # sequences; in messages
+_LARGEST_DEFAULT_MICRO_BATCH = 32  # sequences; fits BERT-Base at 128 tokens on any recent GPU
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What this machine's device can do."""
+
+    kind: Literal["cpu", "cuda"]
+    supports_fp16: bool
+    supports_bf16: bool
+    fused_adam: bool  # whether DeepSpeed's own FusedAdam kernel can be built here
+
+
+@dataclass(frozen=True)
+class ResolvedEngine:
+    """One stage's engine with every number concrete."""
+
+    deepspeed: JsonObject  # for deepspeed.initialize
+    precision: Precision
+    zero_stage: int
+    micro_batch_size: int  # sequences per rank in one forward
+    gradient_accumulation_steps: int
+    log_every: int  # optimizer steps between lines of metrics
+    apex_layer_norm: bool
+    notices: tuple[str, ...]  # what differs from the JSON, one line each, for everybody
+    debug_notices: tuple[str, ...]  # differences that change no number
+
+
+def default_config_path() -> Path:
+    """The default JSON of this checkout or installation; ConfigError if it is not there."""
+    path = Path(__file__).resolve().parents[1] / "deepspeed_configs" / DEFAULT_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; give a DeepSpeed JSON with --deepspeed_config")
+    return path
+
+
+def load_deepspeed_config(path: Path | str | None = None) -> DeepSpeedConfig:
+    """Read and check a DeepSpeed JSON (None: the default); ConfigError lists every fault."""
+    path = default_config_path() if path is None else Path(path)
+    document = read_json_object(path)
+    return check_document(document, source=path.name, prefix=f"{path.name}: ")
+
+
+def resolve(
+    config: DeepSpeedConfig,
+    recipe: Recipe,
+    *,
+    world_size: int,
+    accelerator: Accelerator,
+    strict_precision: bool,
+    stage: int,
+) -> ResolvedEngine:
+    """What stage `stage` (0-based) runs with here; ConfigError lists every fault.
+
+    The global batch is the recipe's on any hardware: accumulation = global / (micro * ranks).
+    """
+    config = _for_stage(config, recipe, stage)
+    settings = config.settings
+    precision, notices, faults = _fit_precision(settings, accelerator, strict_precision)
+    micro, batch_faults = _micro_batch(settings, recipe.global_batch_size, world_size)
+    faults += batch_faults + _device_faults(settings, accelerator)
+    if faults:
+        raise ConfigError([f"{config.source}: {fault}" for fault in faults])
+    document = _with_precision(config, precision)
+    notices += _fit_to_cpu(document, settings) if accelerator.kind == "cpu" else []
+    notices += _write_optimizer(document, recipe, settings, accelerator)
+    accumulation = recipe.global_batch_size // (micro * world_size)
+    document |= {
+        "train_batch_size": recipe.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
+    return ResolvedEngine(
+        deepspeed=document,
+        precision=precision,
+        zero_stage=settings.zero_optimization.stage,
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        log_every=settings.steps_per_print,
+        apex_layer_norm=settings.apex.fused_layer_norm and accelerator.kind == "cuda",
+        notices=tuple(notices),
+        debug_notices=_optimizer_notes(settings, accelerator),
+    )
+
+
+def resolve_stages(
+    config: DeepSpeedConfig,
+    recipe: Recipe,
+    *,
+    world_size: int,
+    accelerator: Accelerator,
+    strict_precision: bool,
+) -> list[ResolvedEngine]:
+    """Every stage's engine; the faults of all stages are in one ConfigError, each once."""
+    resolved, faults = [], []
+    for stage in range(len(recipe.stages)):
+        try:
+            engine = resolve(
+                config,
+                recipe,
+                world_size=world_size,
+                accelerator=accelerator,
+                strict_precision=strict_precision,
+                stage=stage,
+            )
+        except ConfigError as error:
+            faults += error.faults
+        else:
+            resolved.append(engine)
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return resolved
+
+
+def place_monitors(resolved: ResolvedEngine, run_dir: Path) -> ResolvedEngine:
+    """Send monitors without an output_path to RUN_DIR/<name>; DeepSpeed's default is the home."""
+    document = dict(resolved.deepspeed)
+    for name in ("tensorboard", "csv_monitor"):
+        block = document.get(name)
+        if isinstance(block, dict) and block.get("enabled"):
+            places = {"output_path": str(run_dir), "job_name": name}
+            document[name] = places | {k: v for k, v in block.items() if v != ""}
+    return replace(resolved, deepspeed=document)
+
+
+def asked_precision(settings: EngineSettings) -> Precision:
+    """The precision that the JSON asks for, whatever the device can do."""
+    if settings.fp16.enabled:
+        return "fp16"
+    if settings.bf16.enabled:
+        return "bf16"
+    return "bf16_autocast" if settings.torch_autocast.enabled else "fp32"
+
+
+def _for_stage(config: DeepSpeedConfig, recipe: Recipe, stage: int) -> DeepSpeedConfig:
+    override = recipe.stages[stage].deepspeed
+    if not override:
+        return config
+    merged = merge(config.document, override)
+    return check_document(merged, source=config.source, prefix=f"stages.{stage}.deepspeed.")
+
+
+def _fit_precision(
+    settings: EngineSettings, accelerator: Accelerator, strict: bool
+) -> tuple[Precision, list[str], list[str]]:
+    """Precision to run in, notices, faults. Only a CPU may run another one than was asked."""
+    asked = asked_precision(settings)
+    supported = {
+        "fp32": True,
+        "fp16": accelerator.supports_fp16,
+        "bf16": accelerator.supports_bf16,
+        "bf16_autocast": accelerator.supports_bf16,
+    }
+    if supported[asked]:
+        return asked, [], []
+    kind = asked[:4]
+    if accelerator.kind == "cuda":
+        other = "bf16" if kind == "fp16" else "fp16"
+        return asked, [], [f"{asked}: this GPU has no {kind} arithmetic; allowed: {other} or fp32"]
+    instead: Precision = "bf16" if accelerator.supports_bf16 else "fp32"
+    lack = f"this CPU has no {kind} arithmetic"
+    if strict:
+        hint = f"--strict-precision refuses another; allowed here: {instead}"
+        return asked, [], [f"{asked}: {lack} and {hint}"]
+    notice = f"{kind} asked, {lack}: running {instead}; --strict-precision refuses instead"
+    return instead, [notice], []
+
+
+def _micro_batch(
+    settings: EngineSettings, global_batch: int, world_size: int
+) -> tuple[int, list[str]]:
+    """Sequences per rank in one forward, and faults."""
+    asked = settings.train_micro_batch_size_per_gpu
+    if global_batch % world_size:
+        worlds = _names(_divisors(global_batch, 2 * world_size))
+        below = global_batch // world_size * world_size
+        batches = [n for n in (below, below + world_size) if n]
+        return 1, [
+            f"the recipe's global_batch_size {global_batch} cannot be shared equally by a world of "
+            f"{world_size} ranks; allowed: {worlds} ranks, or global_batch_size {_names(batches)}"
+        ]
+    share = global_batch // world_size
+    if asked is None:
+        return _divisors(share, _LARGEST_DEFAULT_MICRO_BATCH)[-1], []
+    if share % asked:
+        return 1, [
+            f"train_micro_batch_size_per_gpu: got {asked}, but global_batch_size {global_batch} "
+            f"over a world of {world_size} ranks is {share} sequences each; "
+            f"allowed: {_names(_divisors(share, _LARGEST_LISTED_MICRO_BATCH))}"
+        ]
+    return asked, []
+
+
+def _divisors(number: int, largest: int) -> list[int]:
+    return [n for n in range(1, min(number, largest) + 1) if number % n == 0]
+
+
+def _names(numbers: list[int]) -> str:
+    return " or ".join([", ".join(map(str, numbers[:-1])), str(numbers[-1])]).removeprefix(" or ")
+
+
+def _device_faults(settings: EngineSettings, accelerator: Accelerator) -> list[str]:
+    if accelerator.kind == "cuda":
+        return []
+    faults = []
+    if settings.optimizer.type == "Lamb":
+        faults.append(
+            "optimizer.type: got 'Lamb', which DeepSpeed has only for GPUs; allowed: AdamW"
+        )
+    faults += [
+        f"zero_optimization.{name}: got true, which needs CUDA kernels; allowed: false"
+        for name in ("zero_quantized_weights", "zero_quantized_gradients")
+        if getattr(settings.zero_optimization, name)
+    ]
+    return faults
+
+
+def _with_precision(config: DeepSpeedConfig, given: Precision) -> JsonObject:
+    """A copy for DeepSpeed, with the asked 16-bit type replaced where this device runs another."""
+    document = copy.deepcopy(config.document)
+    document.pop("apex", None)  # ours, not DeepSpeed's
+    asked = asked_precision(config.settings)
+    if asked == given:
+        return document
+    for name in ("fp16", "bf16", "torch_autocast"):
+        document.pop(name, None)
+    if given == "bf16":
+        document["bf16"] = {"enabled": True}
+    if document.get("communication_data_type") == asked:
+        document["communication_data_type"] = given
+    if document.get("data_types") == {"grad_accum_dtype": asked}:
+        document["data_types"] = {"grad_accum_dtype": given}
+    return document
+
+
+def _fit_to_cpu(document: JsonObject, settings: EngineSettings) -> list[str]:
+    """Drop what only moves work off a GPU, so that the same JSON runs here; one notice each."""
+    notices = []
+    zero = document.get("zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and getattr(settings.zero_optimization, name).device == "cpu":
+            del zero[name]
+            notices.append(f"{name} to the cpu asked, everything is on the CPU here: dropped")
+    if settings.apex.fused_layer_norm:
+        notices.append("apex.fused_layer_norm asked, there is no GPU here: torch's LayerNorm runs")
+    return notices
+
+
+def _runs_torch_adam(settings: EngineSettings, accelerator: Accelerator) -> bool:
+    """Whether torch's AdamW replaces DeepSpeed's kernel, which a CPU compiles for a minute."""
+    if settings.optimizer.type == "Lamb":
+        return False
+    if accelerator.kind == "cpu" or settings.optimizer.params.torch_adam:
+        return True
+    is_offloaded = settings.zero_optimization.offload_optimizer.device == "cpu"
+    return not accelerator.fused_adam and not is_offloaded
+
+
+def _write_optimizer(
+    document: JsonObject, recipe: Recipe, settings: EngineSettings, accelerator: Accelerator
+) -> list[str]:
+    """The recipe's optimizer numbers in the JSON's implementation; notices."""
+    document["gradient_clipping"] = recipe.optimizer.max_grad_norm
+    params = settings.optimizer.params
+    numbers: JsonObject = {
+        "lr": 0.0,  # written before each step from schedule.py; 0 makes a forgotten write harmless
+        "betas": list(recipe.optimizer.betas),
+        "eps": recipe.optimizer.eps,
+        "weight_decay": recipe.optimizer.weight_decay,
+    }
+    if settings.optimizer.type == "Lamb":
+        numbers |= {"max_coeff": params.max_coeff, "min_coeff": params.min_coeff}
+        document["optimizer"] = {"type": "Lamb", "params": numbers}
+        return []
+    if _runs_torch_adam(settings, accelerator):
+        numbers |= {"torch_adam": True, "fused": params.fused}
+    # DeepSpeed's "Adam" decays as AdamW too unless told otherwise: named for what it is.
+    document["optimizer"] = {"type": "AdamW", "params": numbers}
+    if accelerator.kind == "cuda" and not params.torch_adam and "torch_adam" in numbers:
+        return ["FusedAdam cannot be built here (no nvcc): torch's fused AdamW runs"]
+    return []
+
+
+def _optimizer_notes(settings: EngineSettings, accelerator: Accelerator) -> tuple[str, ...]:
+    if accelerator.kind == "cpu" and not settings.optimizer.params.torch_adam:
+        return ("on a CPU torch's fused AdamW replaces FusedAdam: same numbers, nothing to build",)
+    return ()

@@ -1,0 +1,371 @@
+"""Build and destroy a DeepSpeed engine; fp32 weights and Adam moments in and out.
+
+The only importer of deepspeed. Facts behind each step: DeepSpeed 0.19.8.
+`tests/unit/test_engine.py` names every private DeepSpeed attribute used here and fails when a
+release moves one.
+"""
+
+import copy
+import gc
+import importlib
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stacking import distributed
+from stacking.config import BertConfig, OptimizerConfig
+from stacking.dataset import MaskedLMBatch
+from stacking.deepspeed_config import Accelerator, ResolvedEngine
+from stacking.errors import CheckpointError, ConfigError
+from stacking.modeling import BertForPreTraining
+
+try:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import (
+        parameter_offload,
+        partition_parameters,
+        partitioned_param_coordinator,
+    )
+except ImportError:  # `from stacking import grow` works without it; start() says what to install
+    deepspeed = None
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Names of the flat fp32 partitions in DeepSpeed's ZeRO optimizers: stages 1-2, 3, BF16_Optimizer.
+_FLAT_PARTITIONS = (
+    "single_partition_of_fp32_groups",
+    "fp32_partitioned_groups_flat",
+    "fp32_groups_flat_partition",
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that an optimizer step reads, at full size, fp32, on the CPU."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> ...
+    optimizer_steps: int = 0  # Adam's own count: since the engine's moments were fresh
+    loss_scale: float | None = None  # fp16 only
+
+
+def start(log_file: Path | None, timeout_minutes: float = 10.0) -> Accelerator:
+    """Join the process group and say what this machine can do; DeepSpeed's chatter goes to a file.
+
+    Raises ConfigError where DeepSpeed is not installed.
+    """
+    if deepspeed is None:
+        raise ConfigError("DeepSpeed is not installed; training needs it: pip install deepspeed")
+    distributed.prepare_environment()
+    _route_log(log_file)
+    # DeepSpeed compiles a shared-memory op on the CPU that only inference_all_reduce uses: 48 s,
+    # and fatal without a compiler. tests/unit/test_engine.py tells when the hook is gone.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    kind = get_accelerator().device_name()
+    if kind == "cpu":
+        distributed.limit_cpu_threads()
+    return Accelerator(
+        kind="cuda" if kind == "cuda" else "cpu",
+        supports_fp16=get_accelerator().is_fp16_supported(),
+        supports_bf16=get_accelerator().is_bf16_supported(),
+        fused_adam=kind == "cuda",
+    )
+
+
+def current_device() -> torch.device:
+    """This rank's device."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def synchronize() -> None:
+    """Wait for the device: only where time is taken or numbers are read."""
+    get_accelerator().synchronize()
+
+
+class TrainEngine:
+    """One stage's DeepSpeed engine: steps, evaluation, and fp32 state in and out."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        optimizer: OptimizerConfig,
+        resolved: ResolvedEngine,
+        snapshot: Snapshot,
+    ) -> None:
+        """Build a fresh module and engine that hold `snapshot`. Collective."""
+        self.config = config
+        model = BertForPreTraining(config, layer_norm=_layer_norm(resolved.apex_layer_norm))
+        model.load_state_dict(snapshot.weights, strict=True)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, optimizer),
+            config=copy.deepcopy(resolved.deepspeed),  # DeepSpeed keeps and edits what it is given
+        )
+        self._write_masters(snapshot.weights)
+        if snapshot.moments:
+            self._write_moments(snapshot)
+        if snapshot.loss_scale is not None and self._loss_scaler() is not None:
+            self._loss_scaler().cur_scale = snapshot.loss_scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return torch.device(self._engine.device)
+
+    def restore_counters(self, global_step: int, global_batch_size: int) -> None:
+        """Continue DeepSpeed's own counters: monitors use them as their x axis."""
+        self._engine.global_steps = global_step
+        self._engine.global_samples = global_step * global_batch_size
+
+    def train_step(
+        self, batches: Sequence[MaskedLMBatch], *, learning_rate: float, counts: Tensor, seed: int
+    ) -> Tensor:
+        """One optimizer update from this rank's micro batches.
+
+        `counts` [2]: masked tokens and sequences of this step over *all* ranks; the loss is their
+        mean, whatever the number of ranks and micro batches. Returns this rank's detached sums
+        [3]: MLM loss, NSP loss, correct predictions.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # DeepSpeed divides by the accumulation steps and averages over ranks: undone here.
+        share = len(batches) * distributed.world_size()
+        totals = torch.zeros(3, device=self.device)
+        self._engine.train()
+        for micro_step, batch in enumerate(batches):
+            torch.manual_seed(_mix(seed, micro_step, distributed.rank()))  # dropout
+            sums = self._forward(batch)
+            loss = sums["mlm_loss_sum"] * (share / counts[0])
+            if "nsp_loss_sum" in sums:
+                loss = loss + sums["nsp_loss_sum"] * (share / counts[1])
+            self._engine.backward(loss)
+            self._engine.step()
+            totals += _totals(sums)
+        return totals
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[MaskedLMBatch]) -> Tensor:
+        """Sums over all ranks [5]: MLM loss, NSP loss, correct, masked tokens, sequences."""
+        self._engine.eval()
+        totals = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            totals[:3] += _totals(self._forward(batch))
+            labels = batch.next_sentence_labels
+            totals[4] += 0 if labels is None else int((labels >= 0).sum())
+            totals[3] += batch.num_masked
+        return distributed.sum_over_ranks(totals)
+
+    def _forward(self, batch: MaskedLMBatch) -> dict[str, Tensor]:
+        is_full = batch.num_real_tokens == batch.input_ids.numel()
+        batch = batch.to(self.device)
+        sums: dict[str, Tensor] = self._engine(
+            input_ids=batch.input_ids,
+            token_type_ids=batch.token_type_ids,
+            attention_mask=None if is_full else batch.attention_mask,
+            masked_lm_positions=batch.masked_lm_positions,
+            masked_lm_ids=batch.masked_lm_ids,
+            next_sentence_labels=batch.next_sentence_labels,
+        )
+        return sums
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that fp16 overflow made DeepSpeed skip, in this engine."""
+        return int(self._engine.skipped_steps)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Dynamic fp16 loss scale; None in other precisions."""
+        return float(self._loss_scaler().cur_scale) if self._loss_scaler() is not None else None
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step, before clipping; synchronises."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def write_monitor(self, events: Sequence[tuple[str, float, int]]) -> None:
+        """Send (name, value, global_step) to DeepSpeed's TensorBoard, W&B or CSV monitors."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events(list(events))
+
+    def snapshot(self) -> Snapshot:
+        """Full fp32 weights and moments on every rank's CPU, one tensor at a time. Collective."""
+        names = list(self._engine.module.named_parameters())
+        steps = self._adam_steps()
+        moments: dict[str, dict[str, Tensor]] = {}
+        if steps:
+            for key in MOMENTS:
+                moments[key] = {name: _own(self._full_state(p, key)) for name, p in names}
+        weights = {name: _own(self._full_weight(parameter)) for name, parameter in names}
+        return Snapshot(weights, moments, steps, self.loss_scale)
+
+    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
+        # Stage 0 has no master apart from the parameter, and fp32 there (16 bits are refused).
+        full = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return parameter.detach() if full is None else full
+
+    def _full_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        full = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        if full is None:
+            full = self._base_optimizer().state[parameter][key]
+        assert isinstance(full, Tensor)
+        return full
+
+    def _write_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """DeepSpeed makes the masters from the 16-bit copy: put the lost bits back."""
+        for name, parameter in self._engine.module.named_parameters():
+            deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+
+    def _write_moments(self, snapshot: Snapshot) -> None:
+        """Create Adam's state as its first step would, then fill it."""
+        optimizer = self._base_optimizer()
+        flats = self._flat_partitions()
+        is_torch = isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
+        count = snapshot.optimizer_steps
+        for flat in flats or list(self._engine.module.parameters()):
+            optimizer.state[flat] = {
+                "step": torch.tensor(float(count), device=flat.device) if is_torch else count,
+                **{key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS},
+            }
+        if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for key in MOMENTS:
+            for name, parameter in self._engine.module.named_parameters():
+                value = snapshot.moments[key][name].to(self.device)
+                if flats:
+                    deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    optimizer.state[parameter][key].copy_(value)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        for name in _FLAT_PARTITIONS:
+            if hasattr(self._engine.optimizer, name):
+                return list(getattr(self._engine.optimizer, name))
+        return []
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def _adam_steps(self) -> int:
+        states = [state for state in self._base_optimizer().state.values() if "step" in state]
+        if states and not all(set(MOMENTS) <= set(state) for state in states):
+            raise CheckpointError("only Adam's moments can be saved; choose Adam in the JSON")
+        return int(states[0]["step"]) if states else 0
+
+    def _loss_scaler(self):  # type: ignore[no-untyped-def]  # DeepSpeed ships no types
+        if not self._engine.fp16_enabled():
+            return None
+        return getattr(self._engine.optimizer, "loss_scaler", None)
+
+    def destroy(self) -> None:
+        """Tear the engine down so that nothing holds its memory. Collective; call once."""
+        engine, module = self._engine, self._engine.module
+        del self._engine
+        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+            hook = getattr(engine, name, None)  # destroy() leaves them; they pin the engine
+            if hook is not None:
+                hook.remove()
+        engine.destroy()
+        _close_monitors(engine)
+        for parameter in module.parameters():
+            parameter.grad = None
+        _release_zero3_globals(module)
+        del engine, module
+        gc.collect()
+        get_accelerator().empty_cache()
+        distributed.barrier()
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, object]]:
+    """Weight decay on matrices, none on biases and LayerNorms, unless `decay_all` (2019).
+
+    Empty groups are dropped: ZeRO 1 and 2 crash on them.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if optimizer.decay_all or p.ndim > 1]
+    plain = [p for p in parameters if not optimizer.decay_all and p.ndim <= 1]
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": optimizer.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _layer_norm(use_apex: bool):  # type: ignore[no-untyped-def]  # apex ships no types
+    if not use_apex:
+        return nn.LayerNorm
+    try:  # optional, built from source by the user
+        fused = importlib.import_module("apex.normalization").FusedLayerNorm
+        fused(8)  # its CUDA extension is looked up only now
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"apex.fused_layer_norm: NVIDIA apex with its CUDA extensions is needed ({error}); "
+            "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's 'apex' is another "
+            "project), or set it to false"
+        ) from error
+    return fused
+
+
+def _totals(sums: Mapping[str, Tensor]) -> Tensor:
+    mlm = sums["mlm_loss_sum"].detach()
+    nsp = sums["nsp_loss_sum"].detach() if "nsp_loss_sum" in sums else torch.zeros_like(mlm)
+    return torch.stack([mlm, nsp, sums["mlm_correct"].to(mlm.dtype)])
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A CPU copy that is no view of a flat buffer, which it would keep alive."""
+    return tensor.detach().float().cpu().clone()
+
+
+def _mix(seed: int, micro_step: int, rank: int) -> int:
+    """A distinct dropout seed for each (step seed, micro step, rank)."""
+    return (seed * 1_000_003 + micro_step * 8_191 + rank) % 2**63
+
+
+def _route_log(log_file: Path | None) -> None:
+    """Send DeepSpeed's and Python's warnings to the run's log file, on rank 0; else nowhere."""
+    handler: logging.Handler = logging.NullHandler()
+    if log_file is not None and distributed.is_main():
+        handler = logging.FileHandler(log_file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.captureWarnings(True)
+    for name in ("DeepSpeed", "py.warnings"):
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            logger.removeHandler(old)
+        logger.addHandler(handler)
+        logger.propagate = False
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO)
+
+
+def _close_monitors(engine) -> None:  # type: ignore[no-untyped-def]  # DeepSpeed ships no types
+    """Close the TensorBoard writer, which engine.destroy() forgets."""
+    monitor = getattr(getattr(engine, "monitor", None), "tb_monitor", None)
+    writer = getattr(monitor, "summary_writer", None)
+    if writer is not None:
+        writer.close()
+
+
+def _release_zero3_globals(module: nn.Module) -> None:
+    """Forget what ZeRO-3 keeps in globals after engine.destroy() (DeepSpeed issue 7204)."""
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry is not module]
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    method = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
+    for candidate in [method, *cells]:
+        if hasattr(candidate, "cache_clear"):
+            candidate.cache_clear()
+    initialiser = partition_parameters.InsertPostInitMethodToModuleSubClasses
+    if hasattr(initialiser, "linear_bk"):
+        torch.nn.functional.linear = initialiser.linear_bk

@@ -1,0 +1,25 @@
+"""Errors of training; the class says who must act. Every UserError ends a command with exit code 2."""
+
+from collections.abc import Sequence
+
+from data_prep.errors import ShardError, UserError
+
+__all__ = ["CheckpointError", "ConfigError", "GrowthError", "ShardError", "UserError"]
+
+
+class ConfigError(UserError):
+    """Faults in a recipe, a DeepSpeed JSON or the command line: all of them at once, one line each."""
+
+    def __init__(self, faults: Sequence[str] | str) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        count = len(self.faults)
+        head = f"{count} fault{'s' if count != 1 else ''} in the configuration:"
+        super().__init__("\n".join([head, *(f"  - {fault}" for fault in self.faults)]))
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, uncommitted, corrupt or of another model."""
+
+
+class GrowthError(UserError):
+    """A growth step that is illegal, or that broke its promise to preserve the function."""

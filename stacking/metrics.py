@@ -1,0 +1,149 @@
+"""Numbers of a run: the metrics file, throughput, FLOPs, and the unigram baseline."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from stacking import cost, distributed
+from stacking.config import BertConfig, DataConfig
+from stacking.dataset import MaskedLMBatch
+
+
+class MetricsLog:
+    """Append-only JSON lines; on the main rank only, elsewhere a no-op."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending; a line torn by a kill is cut off first."""
+        self._file: IO[bytes] | None = None
+        if distributed.is_main():
+            _drop_torn_line(path)
+            self._file = path.open("ab")
+
+    def write(self, event: str, row: Mapping[str, object]) -> None:
+        """Write one row; floats that JSON cannot hold become null."""
+        if self._file is not None:
+            clean = {key: _jsonable(value) for key, value in row.items()}
+            self._file.write(json.dumps({"event": event, **clean}).encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def last_row(path: Path, event: str) -> dict[str, object] | None:
+    """The newest row of one kind, None where there is none."""
+    if not path.exists():
+        return None
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = (json.loads(line) for line in reversed(lines) if line.endswith(b"\n"))
+    return next((row for row in rows if row["event"] == event), None)
+
+
+@dataclass(frozen=True)
+class WindowRates:
+    """Sums over the steps since the last logged one, over all ranks."""
+
+    mlm_loss: float  # nats per masked token
+    nsp_loss: float  # nats per sequence pair
+    mlm_accuracy: float
+    tokens: int
+    real_tokens: int
+    seconds: float
+    data_wait_seconds: float  # this rank's
+    steps: int
+
+
+class Window:
+    """Collects steps between two logged ones without touching the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device`: where the step's sums live."""
+        self.device = device
+        self._restart()
+
+    def _restart(self) -> None:
+        # MLM loss, NSP loss, correct, masked tokens, sequences, tokens, real tokens
+        self._sums = torch.zeros(7, dtype=torch.float64, device=self.device)
+        self._steps = 0
+        self._data_wait = 0.0
+        self._began = time.perf_counter()
+
+    def add(self, totals: torch.Tensor, batches: Iterable[MaskedLMBatch], waited: float) -> None:
+        """Add one step: `totals` [3] from TrainEngine.train_step and its micro batches."""
+        self._sums[:3] += totals
+        sizes = np.zeros(4)
+        for batch in batches:
+            shape = batch.input_ids.shape
+            sizes += (batch.num_masked, shape[0], shape.numel(), batch.num_real_tokens)
+        self._sums[3:] += torch.from_numpy(sizes).to(self.device, non_blocking=True)
+        self._steps += 1
+        self._data_wait += waited
+
+    @property
+    def steps(self) -> int:
+        """Steps collected."""
+        return self._steps
+
+    def take(self) -> WindowRates:
+        """Sum over ranks, read, and start anew. Collective; synchronises."""
+        mlm, nsp, correct, masked, sequences, tokens, real = distributed.sum_over_ranks(
+            self._sums
+        ).tolist()
+        seconds = time.perf_counter() - self._began
+        rates = WindowRates(
+            mlm / max(1, masked), nsp / max(1, sequences), correct / max(1, masked),
+            int(tokens), int(real), seconds, self._data_wait, self._steps,
+        )  # fmt: skip
+        self._restart()
+        return rates
+
+
+def model_flops(config: BertConfig, data: DataConfig, rates: WindowRates) -> float:
+    """FLOPs that the window's *real* tokens needed; recomputation and padding do not count."""
+    sequences = rates.tokens / data.max_seq_length
+    padded = cost.training_flops(config, 1, data.max_seq_length, data.max_predictions_per_seq)
+    return padded * sequences * rates.real_tokens / max(1, rates.tokens)
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """This rank's dense matrix-product rate, FLOPs/s: what `mfu` is a share of."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = math.inf
+    for _ in range(5):
+        began = time.perf_counter()
+        product = left @ right
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def unigram_loss(batches: Iterable[MaskedLMBatch], counts: np.ndarray) -> float:
+    """Mean MLM loss (nats) of predicting training frequencies (add-one smoothed) on `batches`."""
+    nats = -np.log((counts + 1.0) / (counts.sum() + len(counts)))
+    losses = [nats[ids[ids >= 0]] for ids in (batch.masked_lm_ids.numpy() for batch in batches)]
+    return float(np.concatenate(losses).mean())
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)

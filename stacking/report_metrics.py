@@ -1,0 +1,262 @@
+"""metrics.jsonl -> RunMetrics: typed rows, with what a resume superseded taken out."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stacking.errors import UserError
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage as the recipe plans it."""
+
+    num_hidden_layers: int
+    steps: int
+    num_parameters: int  # 0 where the run did not write it
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """The first row: what runs, and where."""
+
+    name: str
+    total_steps: int
+    stages: tuple[StagePlan, ...]
+    world_size: int
+    device: str
+    precision: str
+    unigram_loss: float  # nats per masked token; NaN where unknown
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """Some optimizer steps up to `global_step`."""
+
+    global_step: int
+    stage: int  # 0-based
+    mlm_loss: float  # nats per masked token
+    lr: float
+    tokens: int  # since the run's start
+    tokens_per_second: float
+    step_seconds: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One evaluation on the held-out documents."""
+
+    global_step: int
+    stage: int
+    val_mlm_loss: float
+    val_mlm_accuracy: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True)
+class SwitchRow:
+    """One growth."""
+
+    global_step: int
+    to_stage: int
+    from_num_hidden_layers: int
+    to_num_hidden_layers: int
+    operator: str
+    loss_before: float
+    loss_after: float
+    max_logit_difference: float
+    seconds: float
+    seconds_by_part: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """A run so far, each kind of row ordered by step."""
+
+    start: RunStart
+    train: tuple[TrainRow, ...]
+    evaluations: tuple[EvaluationRow, ...]
+    switches: tuple[SwitchRow, ...]
+    num_resumes: int
+    is_finished: bool
+
+    @property
+    def global_step(self) -> int:
+        """Steps known to be done."""
+        steps = [row.global_step for row in self.train]
+        return max(steps + [row.global_step for row in self.evaluations], default=0)
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Time up to the newest row; NaN where there is none."""
+        seconds = [row.elapsed_seconds for row in self.train]
+        return max(seconds + [row.elapsed_seconds for row in self.evaluations], default=math.nan)
+
+    def train_rows(self, stage: int) -> list[TrainRow]:
+        """One stage's rows; `stage` is 0-based."""
+        return [row for row in self.train if row.stage == stage]
+
+    def first_step(self, stage: int) -> int:
+        """Steps before the stage begins."""
+        return sum(plan.steps for plan in self.start.stages[:stage])
+
+    def stage_seconds(self, stage: int) -> float:
+        """Seconds in optimizer steps, without evaluation and saving; NaN before the first."""
+        rows, before, seconds = self.train_rows(stage), self.first_step(stage), 0.0
+        for row in rows:
+            seconds += row.step_seconds * (row.global_step - before)
+            before = row.global_step
+        return seconds if rows else math.nan
+
+
+def read_metrics(path: Path) -> RunMetrics:
+    """Read RUN_DIR/metrics.jsonl. Raises UserError on anything that is no such file."""
+    rows = _read_rows(path)
+    try:
+        return _run_metrics(path, rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: a row is not as this version writes it ({type(error).__name__}: {error}); "
+            "was it written by another version, or edited?"
+        ) from error
+
+
+def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
+    kept = _without_superseded(rows)
+    start = next((row for row in rows if row["event"] == "run_start"), None)
+    if start is None:
+        raise UserError(f"{path}: holds no run_start row; the run stopped before its first step")
+    return RunMetrics(
+        start=_start(start),
+        train=tuple(_train(row) for row in _of_kind(kept, "train")),
+        evaluations=tuple(_evaluation(row) for row in _of_kind(kept, "evaluation")),
+        switches=tuple(_switch(row) for row in _of_kind(kept, "stage_switch")),
+        num_resumes=sum(row["event"] == "resume" for row in rows),
+        is_finished=any(row["event"] == "run_end" for row in kept),
+    )
+
+
+def _read_rows(path: Path) -> list[Row]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the --run-dir of a training run"
+        ) from error
+    lines = content.split(b"\n")
+    # A whole line ends in a newline: what follows the last one was torn by a kill, or is empty.
+    return [_row(path, number, line) for number, line in enumerate(lines[:-1], 1) if line.strip()]
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{path}, line {number}: is no JSON ({error}); the file is damaged there"
+        ) from error
+    if not isinstance(row, dict) or "event" not in row:
+        raise UserError(f'{path}, line {number}: is no object with an "event"')
+    return row
+
+
+def _without_superseded(rows: Sequence[Row]) -> list[Row]:
+    """Drop what came after the checkpoint that a later resume went back to."""
+    kept: list[Row] = []
+    for row in rows:
+        if row["event"] == "resume":
+            step = _integer(row, "global_step")
+            kept = [old for old in kept if _integer(old, "global_step", 0) <= step]
+        kept.append(row)
+    return kept
+
+
+def _of_kind(rows: Sequence[Row], event: str) -> list[Row]:
+    """Rows of one kind by step; of two for the same step the later one counts."""
+    newest = {_integer(row, "global_step"): row for row in rows if row["event"] == event}
+    return [newest[step] for step in sorted(newest)]
+
+
+def _start(row: Row) -> RunStart:
+    stages = row["stages"]
+    if not isinstance(stages, list) or not stages:
+        raise ValueError("stages is no list")
+    return RunStart(
+        name=str(row.get("name", "run")),
+        total_steps=_integer(row, "total_steps"),
+        stages=tuple(
+            StagePlan(
+                _integer(stage, "num_hidden_layers"),
+                _integer(stage, "steps"),
+                _integer(stage, "num_parameters", 0),
+            )
+            for stage in stages
+        ),
+        world_size=_integer(row, "world_size"),
+        device=str(row["device"]),
+        precision=str(row["precision"]),
+        unigram_loss=_float(row, "unigram_loss"),
+    )
+
+
+def _train(row: Row) -> TrainRow:
+    return TrainRow(
+        global_step=_integer(row, "global_step"),
+        stage=_integer(row, "stage"),
+        mlm_loss=_float(row, "mlm_loss"),
+        lr=_float(row, "lr"),
+        tokens=_integer(row, "tokens"),
+        tokens_per_second=_float(row, "tokens_per_second"),
+        step_seconds=_float(row, "step_seconds"),
+        elapsed_seconds=_float(row, "elapsed_seconds"),
+    )
+
+
+def _evaluation(row: Row) -> EvaluationRow:
+    return EvaluationRow(
+        global_step=_integer(row, "global_step"),
+        stage=_integer(row, "stage"),
+        val_mlm_loss=_float(row, "val_mlm_loss"),
+        val_mlm_accuracy=_float(row, "val_mlm_accuracy"),
+        elapsed_seconds=_float(row, "elapsed_seconds"),
+    )
+
+
+def _switch(row: Row) -> SwitchRow:
+    parts = row.get("seconds_by_part")
+    return SwitchRow(
+        global_step=_integer(row, "global_step"),
+        to_stage=_integer(row, "to_stage"),
+        from_num_hidden_layers=_integer(row, "from_num_hidden_layers"),
+        to_num_hidden_layers=_integer(row, "to_num_hidden_layers"),
+        operator=str(row["operator"]),
+        loss_before=_float(row, "loss_before"),
+        loss_after=_float(row, "loss_after"),
+        max_logit_difference=_float(row, "max_logit_difference"),
+        seconds=_float(row, "seconds"),
+        seconds_by_part=(
+            {str(name): _float(parts, name) for name in parts} if isinstance(parts, dict) else {}
+        ),
+    )
+
+
+def _integer(row: Row, key: str, default: int | None = None) -> int:
+    value = row[key] if default is None else row.get(key, default)
+    if not isinstance(value, int):
+        raise TypeError(f"{key} is {value!r}, no whole number")
+    return value
+
+
+def _float(row: Row, key: str) -> float:
+    """A number; NaN for null, which stands for what JSON cannot hold or nobody knew."""
+    value = row.get(key)
+    if value is None:
+        return math.nan
+    if not isinstance(value, int | float):
+        raise TypeError(f"{key} is {value!r}, no number")
+    return float(value)

@@ -1,0 +1,98 @@
+"""A run's folder: what lies where, and whether a command may write into it."""
+
+import difflib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from stacking import distributed
+from stacking.config import Recipe
+from stacking.errors import CheckpointError, ConfigError
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """Digest of what is trained; cosmetic fields and saving do not count."""
+    trained = recipe.model_dump(mode="json", exclude={"name", "description", "checkpoint"})
+    return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
+
+
+class RunFolder:
+    """Paths inside RUN_DIR and the rules of writing there."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: RUN_DIR; nothing is made yet."""
+        self.path = path
+        self.recipe = path / "recipe.json"
+        self.deepspeed = path / "deepspeed.json"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+
+    def check(self, recipe: Recipe, resume: str) -> None:
+        """Refuse another recipe's folder, a stranger's folder, and overwriting. Reads only."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--run-dir {self.path}: is a file; give a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.recipe.exists():
+            raise ConfigError(
+                f"--run-dir {self.path}: holds files but no recipe.json, so it is no run of this "
+                "trainer; give an empty or new folder"
+            )
+        if not self.recipe.exists():
+            if resume not in ("auto", "never"):
+                raise CheckpointError(f"--resume {resume}: {self.path} holds no run yet")
+            return
+        if resume == "never":
+            raise ConfigError(
+                f"--run-dir {self.path}: holds a run already and --resume never was given; runs "
+                "are never overwritten: give another folder, or --resume auto to continue"
+            )
+        self._check_same_recipe(recipe)
+
+    def _check_same_recipe(self, recipe: Recipe) -> None:
+        try:
+            old = Recipe.model_validate_json(self.recipe.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self.recipe}: is not a recipe of this version: {error}") from error
+        if recipe_sha256(old) == recipe_sha256(recipe):
+            return
+        changes = difflib.unified_diff(
+            old.model_dump_json(indent=1).splitlines(),
+            recipe.model_dump_json(indent=1).splitlines(), "run", "given", n=0, lineterm="",
+        )  # fmt: skip
+        lines = [
+            line.strip() for line in changes
+            if line[0] in "+-" and line[:3] not in ("+++", "---")
+        ]  # fmt: skip
+        raise ConfigError(
+            f"--run-dir {self.path}: holds a run of another recipe; give another folder, or the "
+            "run's own recipe to continue. Different: " + "; ".join(lines[:12])
+        )
+
+    def create(self, recipe: Recipe, data_dir: Path) -> None:
+        """Make the folder with its recipe and tokenizer, once. Main rank only."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.mkdir(exist_ok=True)
+            for name in TOKENIZER_FILES:
+                if (data_dir / name).exists():
+                    shutil.copy(data_dir / name, self.tokenizer / name)
+            if not self.recipe.exists():
+                write_text(self.recipe, recipe.model_dump_json(indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--run-dir {self.path}: cannot be written: {error}") from error
+
+    def write_deepspeed(self, stages: list[dict[str, object]]) -> None:
+        """The JSON that DeepSpeed got, one object a stage. Main rank only."""
+        if distributed.is_main():
+            write_text(self.deepspeed, json.dumps({"stages": stages}, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write by rename: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,161 @@
+"""What a run writes and says: rows of metrics.jsonl, monitor events, and lines for people."""
+
+from collections.abc import Sequence
+
+import torch
+
+from stacking import distributed, metrics
+from stacking.checkpoint import TrainState
+from stacking.config import BertConfig, Recipe
+from stacking.cost import num_parameters
+from stacking.engine import TrainEngine
+from stacking.errors import UserError
+from stacking.progress import ProgressReporter
+from stacking.run_folder import RunFolder
+from stacking.schedule import learning_rate
+from stacking.stage_switch import SwitchReport
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bf16_autocast": torch.bfloat16,
+}
+
+
+class NonFiniteLoss(UserError):
+    """The loss is no number any more."""
+
+
+class RunLog:
+    """One run's record; rows are written by the main rank only."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        progress: ProgressReporter,
+        *,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        """Open metrics.jsonl for appending and measure what `mfu` is a share of."""
+        self._recipe = recipe
+        self._path = folder.metrics
+        self._log = metrics.MetricsLog(folder.metrics)
+        self._progress = progress
+        self._device = device
+        self._precision = precision
+        rate = metrics.measure_matmul_flops(device, _DTYPES[precision])
+        self._peak_flops = rate * distributed.world_size()
+
+    def say(self, line: str) -> None:
+        """One line to the user."""
+        self._progress.say(line)
+
+    def run_start(self, unigram_loss: float | None) -> None:
+        """The first row."""
+        recipe = self._recipe
+        models = [recipe.stage_model(stage) for stage in range(len(recipe.stages))]
+        self._log.write("run_start", {
+            "name": recipe.name, "total_steps": recipe.total_steps,
+            "stages": [_stage_row(model, stage.steps)
+                       for model, stage in zip(models, recipe.stages, strict=True)],
+            "world_size": distributed.world_size(), "device": str(self._device),
+            "precision": self._precision, "unigram_loss": unigram_loss,
+            "matmul_flops_per_second": self._peak_flops,
+        })  # fmt: skip
+
+    def resume(self, state: TrainState, tag: str) -> None:
+        """A new process goes on; rows after this step supersede older ones."""
+        self._log.write("resume", {"global_step": state.global_step, "tag": tag})
+        self.say(f"resuming from {tag} at step {state.global_step} of {self._recipe.total_steps}")
+
+    def train(
+        self, engine: TrainEngine, state: TrainState, rates: metrics.WindowRates, elapsed: float
+    ) -> None:
+        """The steps since the last such row. Raises NonFiniteLoss."""
+        loss = rates.mlm_loss + rates.nsp_loss
+        step, recipe = state.global_step, self._recipe
+        if not abs(loss) < float("inf"):
+            raise NonFiniteLoss(
+                f"the loss is {loss} at step {step}: lower learning_rate.peak or raise "
+                "warmup_steps; with another recipe and folder a run starts anew, with the same "
+                "ones it goes back to its last checkpoint"
+            )
+        rate = learning_rate(step - 1, recipe.learning_rate, recipe.total_steps)
+        per_second = rates.real_tokens / rates.seconds
+        flops = metrics.model_flops(engine.config, recipe.data, rates)
+        self._log.write("train", {
+            "global_step": step, "stage": state.stage,
+            "num_hidden_layers": state.num_hidden_layers, "lr": rate, "loss": loss,
+            "mlm_loss": rates.mlm_loss, "nsp_loss": rates.nsp_loss,
+            "mlm_accuracy": rates.mlm_accuracy, "tokens": state.tokens,
+            "real_tokens": state.real_tokens, "step_seconds": rates.seconds / rates.steps,
+            "tokens_per_second": per_second, "model_flops": flops,
+            "mfu": flops / rates.seconds / self._peak_flops,
+            "data_wait_seconds": rates.data_wait_seconds / rates.steps,
+            "elapsed_seconds": elapsed, "loss_scale": engine.loss_scale,
+            "skipped_steps": engine.skipped_steps, "grad_norm": engine.grad_norm,
+            "sample_hash": state.sample_hash,
+        })  # fmt: skip
+        named = {"loss": loss, "lr": rate, "tokens_per_second": per_second}
+        engine.write_monitor([(f"Train/{name}", value, step) for name, value in named.items()])
+        numbers = f"loss {loss:.3f}  lr {rate:.2e}  {per_second:,.0f} tokens/s"
+        seconds = rates.seconds / rates.steps
+        self._progress.step(step, state.stage, state.num_hidden_layers, numbers, seconds)
+
+    def evaluation(
+        self, engine: TrainEngine, state: TrainState, totals: Sequence[float], elapsed: float
+    ) -> None:
+        """`totals`: sums of TrainEngine.evaluate."""
+        mlm, nsp, correct, masked, sequences = totals
+        val_mlm, val_nsp = mlm / max(1, masked), nsp / max(1, sequences)
+        accuracy = correct / max(1, masked)
+        self._log.write("evaluation", {
+            "global_step": state.global_step, "stage": state.stage,
+            "num_hidden_layers": state.num_hidden_layers, "val_loss": val_mlm + val_nsp,
+            "val_mlm_loss": val_mlm, "val_nsp_loss": val_nsp, "val_mlm_accuracy": accuracy,
+            "tokens": state.tokens, "elapsed_seconds": elapsed,
+        })  # fmt: skip
+        engine.write_monitor([("Validation/mlm_loss", val_mlm, state.global_step)])
+        self.say(f"step {state.global_step}: validation MLM loss {val_mlm:.3f}, "
+                 f"accuracy {accuracy:.1%}")  # fmt: skip
+
+    def stage_switch(self, state: TrainState, report: SwitchReport) -> None:
+        """A growth."""
+        self._log.write("stage_switch", {"global_step": state.global_step, **report.row()})
+        self.say(
+            f"step {state.global_step}: grown from {report.from_num_hidden_layers} to "
+            f"{report.to_num_hidden_layers} layers in {report.seconds:.1f} s; probe loss "
+            f"{report.loss_before:.3f} -> {report.loss_after:.3f}"
+        )
+
+    def run_end(self, state: TrainState) -> None:
+        """The closing row, once, and the result in one line."""
+        if not distributed.is_main():
+            return
+        start = metrics.last_row(self._path, "run_start") or {}
+        final = metrics.last_row(self._path, "evaluation") or {}
+        if metrics.last_row(self._path, "run_end") is None:
+            self._log.write("run_end", {
+                "global_step": state.global_step, "final_val_loss": final.get("val_loss"),
+                "val_mlm_loss": final.get("val_mlm_loss"),
+                "unigram_loss": start.get("unigram_loss"),
+                "elapsed_seconds": state.elapsed_seconds,
+            })  # fmt: skip
+        self.say(
+            f"done: {state.global_step} steps, {state.tokens:,} tokens, "
+            f"{state.elapsed_seconds:.0f} s; "
+            f"validation MLM loss {_nats(final.get('val_mlm_loss'))}, "
+            f"unigram frequencies {_nats(start.get('unigram_loss'))}"
+        )
+
+
+def _stage_row(model: BertConfig, steps: int) -> dict[str, int]:
+    layers = model.num_hidden_layers
+    return {"num_hidden_layers": layers, "steps": steps, "num_parameters": num_parameters(model)}
+
+
+def _nats(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "unknown"

@@ -1,0 +1,76 @@
+"""global_step in; stage, position and learning rate out: pure arithmetic, nothing to carry over.
+
+All steps are 0-based optimizer updates; a rate belongs to the step that is about to be made.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from stacking.config import LearningRateConfig, Stage
+
+
+@dataclass(frozen=True)
+class StagePosition:
+    """Where a global step lies in the list of stages; everything 0-based."""
+
+    stage: int
+    step_in_stage: int
+    is_last_step_of_stage: bool
+
+
+def stage_start(stage: int, stages: Sequence[Stage]) -> int:
+    """First global step of `stage`; of `len(stages)`: the total number of steps."""
+    assert 0 <= stage <= len(stages), f"stage {stage} of {len(stages)}"
+    return sum(s.steps for s in stages[:stage])
+
+
+def stage_at(step: int, stages: Sequence[Stage]) -> StagePosition:
+    """The stage that makes global step `step`."""
+    assert step >= 0, f"step {step} is negative"
+    start = 0
+    for index, stage in enumerate(stages):
+        if step < start + stage.steps:
+            return StagePosition(index, step - start, step == start + stage.steps - 1)
+        start += stage.steps
+    raise AssertionError(f"step {step} lies after the last stage's end, {start}")
+
+
+def learning_rate(step: int, config: LearningRateConfig, total_steps: int) -> float:
+    """Rate used by optimizer step `step`, for a run of `total_steps` steps.
+
+    Warm-up step s of W uses peak * (s + 1) / W: the first step is not wasted on rate 0, the last
+    one is at peak. A decay starts at peak and reaches `end` at step T = config.total_steps (or
+    `total_steps`), the first step that is no longer made; later steps, if any, stay at `end`.
+    """
+    if config.schedule == "piecewise":
+        return _between_points(step, config.points)
+    if step < config.warmup_steps:
+        return config.peak * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.peak
+    end_step = config.total_steps or total_steps
+    start_step = config.warmup_steps
+    if config.schedule == "wsd":  # warm-up, stable, decay: Hu et al. 2024 (MiniCPM), section 4
+        start_step = end_step - config.decay_steps
+    if step >= end_step:
+        return config.end
+    if step <= start_step:
+        return config.peak
+    share_left = (end_step - step) / (end_step - start_step)
+    if config.schedule == "cosine":  # Loshchilov and Hutter 2017, equation 5, without restarts
+        share_left = 0.5 * (1 + math.cos(math.pi * (1 - share_left)))
+    return config.end + (config.peak - config.end) * share_left
+
+
+def _between_points(step: int, points: Sequence[tuple[int, float]]) -> float:
+    """Linear between (global_step, rate) corners; the outermost rates hold outside of them."""
+    assert points, "schedule 'piecewise' without points"
+    if step <= points[0][0]:
+        return points[0][1]
+    for (left, left_rate), (right, right_rate) in pairwise(points):
+        if step <= right:
+            # Weighted, not left + slope * step: exact at both corners.
+            return (left_rate * (right - step) + right_rate * (step - left)) / (right - left)
+    return points[-1][1]

@@ -1,0 +1,130 @@
+"""From one stage's model to the next: save -> tear down -> grow -> probe -> rebuild.
+
+The only place where two sizes meet. A switch inside the running process and one in a new process,
+from the checkpoint of the stage's end, both go through `switch_stage`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import psutil
+import torch
+from torch import Tensor
+
+from stacking import distributed
+from stacking.config import BertConfig, Recipe
+from stacking.dataset import MaskedLMBatch
+from stacking.engine import Snapshot, TrainEngine
+from stacking.growth import grow_weights
+from stacking.modeling import BertForPreTraining
+
+
+@dataclass
+class SwitchReport:
+    """What one switch did; a row of metrics.jsonl."""
+
+    from_stage: int
+    to_stage: int
+    from_num_hidden_layers: int
+    to_num_hidden_layers: int
+    operator: str
+    loss_before: float = float("nan")
+    loss_after: float = float("nan")
+    max_logit_difference: float = float("nan")
+    seconds: float = 0.0
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+    rss_bytes: int = 0
+
+    def row(self) -> dict[str, object]:
+        """As written to metrics.jsonl."""
+        return asdict(self)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Charge the block's time to `part`."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.seconds_by_part[part] = self.seconds_by_part.get(part, 0.0) + seconds
+        self.seconds += seconds
+
+
+def switch_stage(
+    recipe: Recipe,
+    to_stage: int,
+    take: Callable[[SwitchReport], Snapshot],
+    build: Callable[[Snapshot], TrainEngine],
+    probe: tuple[MaskedLMBatch, torch.device] | None,
+) -> tuple[TrainEngine, SwitchReport]:
+    """Grow the model of stage `to_stage - 1` into that of `to_stage`. Collective.
+
+    `take` saves and tears down what runs, or reads the checkpoint, and hands over the old weights,
+    timing its parts; `build` makes the new stage's engine. `probe`: a fixed batch and the device
+    to compute it on, free between the two engines. The new engine's Adam moments are fresh and its
+    learning rate goes on (Gong et al. 2019, section 4.1): it is a function of the global step.
+    """
+    source, target = recipe.stage_model(to_stage - 1), recipe.stage_model(to_stage)
+    report = SwitchReport(
+        from_stage=to_stage - 1,
+        to_stage=to_stage,
+        from_num_hidden_layers=source.num_hidden_layers,
+        to_num_hidden_layers=target.num_hidden_layers,
+        operator=recipe.stages[to_stage].depth,
+    )
+    old = take(report)
+    with report.timed("grow"):
+        grown = grow_for_stage(recipe, to_stage, old.weights)
+    with report.timed("probe"):
+        if probe is not None and distributed.is_main():
+            _measure(report, (source, old.weights), (target, grown), probe)
+    with report.timed("build"):
+        # Fresh moments; the loss scale goes on, or fp16 would skip the stage's first steps.
+        engine = build(Snapshot(grown, loss_scale=old.loss_scale))
+    report.rss_bytes = psutil.Process().memory_info().rss
+    return engine, report
+
+
+def grow_for_stage(recipe: Recipe, stage: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of `stage` out of those of the stage before; pure, the same on all ranks."""
+    return grow_weights(
+        weights,
+        recipe.stage_model(stage - 1),
+        recipe.stage_model(stage),
+        depth=recipe.stages[stage].depth,
+        seed=recipe.seed + stage,
+    )
+
+
+def _measure(
+    report: SwitchReport,
+    before: tuple[BertConfig, dict[str, Tensor]],
+    after: tuple[BertConfig, dict[str, Tensor]],
+    probe: tuple[MaskedLMBatch, torch.device],
+) -> None:
+    """Loss and logits of both models in fp32, dropout off, on the same masked sequences."""
+    batch, device = probe
+    loss_before, logits_before = _probe_model(*before, batch, device)
+    loss_after, logits_after = _probe_model(*after, batch, device)
+    report.loss_before, report.loss_after = loss_before, loss_after
+    report.max_logit_difference = float((logits_after - logits_before).abs().max())
+
+
+@torch.no_grad()
+def _probe_model(
+    config: BertConfig, weights: dict[str, Tensor], batch: MaskedLMBatch, device: torch.device
+) -> tuple[float, Tensor]:
+    """Mean loss (MLM plus NSP, nats) and MLM logits [B, P, V] of one model."""
+    model = BertForPreTraining(config)
+    model.load_state_dict(weights)
+    model.to(device).eval()
+    batch = batch.to(device)
+    inputs = (batch.input_ids, batch.token_type_ids, batch.attention_mask)
+    positions = batch.masked_lm_positions
+    sums = model(*inputs, positions, batch.masked_lm_ids, batch.next_sentence_labels)
+    loss = float(sums["mlm_loss_sum"]) / max(1, batch.num_masked)
+    if "nsp_loss_sum" in sums:
+        loss += float(sums["nsp_loss_sum"]) / len(batch.input_ids)
+    logits = model(*inputs, positions)["prediction_logits"]
+    return loss, logits.float().cpu()

@@ -1,0 +1,341 @@
+"""The training loop: a recipe, shards and a DeepSpeed JSON in; a run folder out.
+
+Phases, in order, each able to be the one a run resumes in:
+TRAIN a stage -> SAVE its end -> SWITCH to the next -> TRAIN ... -> DONE.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from enum import Enum
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from stacking import distributed, engine, metrics
+from stacking.checkpoint import Checkpoint, CheckpointManager, TrainState
+from stacking.config import Recipe
+from stacking.dataset import (
+    MaskedLMBatch,
+    PretrainingLoader,
+    check_compatible,
+    load_token_counts,
+    open_shards,
+    validation_batches,
+)
+from stacking.deepspeed_config import DeepSpeedConfig, ResolvedEngine, resolve
+from stacking.engine import Snapshot, TrainEngine
+from stacking.errors import CheckpointError
+from stacking.modeling import BertForPreTraining, init_weights
+from stacking.progress import ProgressReporter
+from stacking.run_folder import RunFolder, recipe_sha256
+from stacking.run_log import RunLog
+from stacking.schedule import learning_rate, stage_start
+from stacking.stage_switch import SwitchReport, switch_stage
+from stacking.stopping import StopRequest
+
+PROBE_SEQUENCES = 8
+
+
+class Outcome(Enum):
+    """How fit() ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"  # by a signal; committed, and resumable
+
+
+class Trainer:
+    """Trains all stages of a recipe in one process group, resuming where a run folder stands."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        deepspeed_config: DeepSpeedConfig,
+        *,
+        data_dir: Path,
+        run_dir: Path,
+        resume: str = "auto",
+        strict_precision: bool = False,
+    ) -> None:
+        """Check everything that can be checked before a process group exists."""
+        self.recipe = recipe
+        self.folder = RunFolder(run_dir)
+        self._deepspeed_config = deepspeed_config
+        self._data_dir = data_dir
+        self._resume = resume
+        self._strict_precision = strict_precision
+        self.folder.check(recipe, resume)
+        self._training = open_shards(data_dir, "training")
+        self._validation = open_shards(data_dir, "validation")
+        for shards in (self._training, self._validation):
+            check_compatible(shards, recipe.model, recipe.data)
+        self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
+        self._engine: TrainEngine | None = None
+
+    def fit(self) -> Outcome:
+        """Train to the end, or to the first signal. Collective."""
+        if distributed.is_main():
+            self.folder.create(self.recipe, self._data_dir)
+        try:
+            self._accelerator = engine.start(self.folder.log if self.folder.path.exists() else None)
+            distributed.barrier()
+            self._resolved = [self._resolve(stage) for stage in range(len(self.recipe.stages))]
+            self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
+            stages = len(self.recipe.stages)
+            with (
+                ProgressReporter(self.recipe.total_steps, stages) as progress,
+                StopRequest() as self._stop,
+            ):
+                self._log = RunLog(
+                    self.recipe,
+                    self.folder,
+                    progress,
+                    device=engine.current_device(),
+                    precision=self._resolved[0].precision,
+                )
+                return self._run()
+        finally:
+            distributed.shut_down()
+
+    def _resolve(self, stage: int) -> ResolvedEngine:
+        return resolve(
+            self._deepspeed_config,
+            self.recipe,
+            world_size=distributed.world_size(),
+            accelerator=self._accelerator,
+            strict_precision=self._strict_precision,
+            stage=stage,
+        )
+
+    def _run(self) -> Outcome:
+        for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
+            self._log.say(notice)
+        checkpoint = self._find_checkpoint()
+        self._session_began = time.perf_counter()
+        if checkpoint is None:
+            self._begin()
+        elif self._continue(checkpoint):
+            return Outcome.DONE
+        last_stage = len(self.recipe.stages) - 1
+        while self._train_stage():
+            if self._state.stage == last_stage:
+                self._save(f"stage{last_stage + 1}_end")
+                self._log.run_end(self._state)
+                return Outcome.DONE
+            self._switch(self._leave_stage)
+        step = self._state.global_step
+        self._log.say(f"stopped after step {step}, everything is saved; the same command continues")
+        return Outcome.STOPPED
+
+    # -- beginning and resuming ----------------------------------------------------------------
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        if self._resume not in ("auto", "never"):
+            return self._manager.load(self._resume)
+        checkpoint, complaints = self._manager.latest_good()
+        for complaint in complaints:
+            self._log.say(f"skipping a checkpoint: {complaint}")
+        return checkpoint
+
+    def _begin(self) -> None:
+        recipe = self.recipe
+        self._state = TrainState(
+            global_step=0,
+            stage=0,
+            num_hidden_layers=recipe.stages[0].num_hidden_layers,
+            optimizer_steps=0,
+            loader={"samples_consumed": 0},
+            recipe_sha256=recipe_sha256(recipe),
+        )
+        self._log.run_start(self._unigram_loss())
+        model = BertForPreTraining(recipe.stage_model(0))
+        init_weights(model, torch.Generator().manual_seed(recipe.seed))
+        weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self._build(Snapshot(weights))
+
+    def _continue(self, checkpoint: Checkpoint) -> bool:
+        """Take a run up again; True if there is nothing left to do."""
+        self._state = checkpoint.state
+        if self._state.recipe_sha256 != recipe_sha256(self.recipe):
+            raise CheckpointError(
+                f"{checkpoint.folder}: was made by another recipe than {self.folder.recipe}"
+            )
+        if self._state.global_step >= self.recipe.total_steps:
+            self._log.run_end(self._state)
+            return True
+        self._log.resume(self._state, checkpoint.tag)
+        if self._state.global_step == stage_start(self._state.stage + 1, self.recipe.stages):
+            self._switch(lambda report: checkpoint.snapshot())
+        else:
+            self._build(checkpoint.snapshot())
+        return False
+
+    def _build(self, snapshot: Snapshot) -> TrainEngine:
+        """Make the engine and the loader of the current stage."""
+        stage = self._state.stage
+        resolved = self._resolved[stage]
+        config = self.recipe.stage_model(stage)
+        self._engine = TrainEngine(config, self.recipe.optimizer, resolved, snapshot)
+        self._engine.restore_counters(self._state.global_step, self.recipe.global_batch_size)
+        self._loader = PretrainingLoader(
+            self._training,
+            self.recipe.data,
+            seed=self.recipe.seed,
+            global_batch_size=self.recipe.global_batch_size,
+            micro_batch_size=resolved.micro_batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        self._loader.load_state_dict(self._state.loader)
+        return self._engine
+
+    # -- one stage -----------------------------------------------------------------------------
+
+    def _train_stage(self) -> bool:
+        """Train to the stage's last step; False if a signal came first."""
+        assert self._engine is not None
+        device = self._engine.device
+        end = stage_start(self._state.stage + 1, self.recipe.stages)
+        window = metrics.Window(device)
+        log_every = self._resolved[self._state.stage].log_every
+        while self._state.global_step < end:
+            stop = self._train_step(window, device)
+            step = self._state.global_step
+            is_last = step == end
+            saves = step % self.recipe.checkpoint.every_steps == 0
+            is_logged = step % log_every == 0 or is_last or saves
+            # On a GPU the wish to stop is read only where the host waits anyway.
+            if device.type == "cpu" or is_logged:
+                is_stopping = bool(stop.item() > 0) and not is_last
+            else:
+                is_stopping = False
+            if is_logged or is_stopping:
+                self._log_window(window)
+            if step % self.recipe.evaluation.every_steps == 0 or is_last:
+                self._evaluate()
+            if (saves and not is_last) or is_stopping:
+                self._save(f"step_{step:08d}")
+            if is_stopping:
+                return False
+        return True
+
+    def _train_step(self, window: metrics.Window, device: torch.device) -> torch.Tensor:
+        """One optimizer step; returns how many ranks want to stop, on the device."""
+        assert self._engine is not None
+        step = self._state.global_step
+        began = time.perf_counter()
+        digest = self._loader.sample_hash(step)
+        batches = next(self._loader)
+        waited = time.perf_counter() - began
+        masked = sum(batch.num_masked for batch in batches)
+        sequences = sum(len(batch.input_ids) for batch in batches)
+        wish = [masked, sequences, float(self._stop.is_requested)]
+        counts = distributed.sum_over_ranks(torch.tensor(wish, device=device))
+        rate = learning_rate(step, self.recipe.learning_rate, self.recipe.total_steps)
+        seed = self.recipe.seed + step
+        totals = self._engine.train_step(
+            batches, learning_rate=rate, counts=counts[:2].clamp(min=1), seed=seed
+        )
+        window.add(totals, batches, waited)
+        chained = hashlib.sha256((self._state.sample_hash + digest).encode()).hexdigest()[:16]
+        self._update(
+            global_step=step + 1, sample_hash=chained, loader=dict(self._loader.state_dict())
+        )
+        return counts[2]
+
+    def _log_window(self, window: metrics.Window) -> None:
+        assert self._engine is not None
+        engine.synchronize()
+        rates = window.take()
+        self._update(
+            tokens=self._state.tokens + rates.tokens,
+            real_tokens=self._state.real_tokens + rates.real_tokens,
+        )
+        self._log.train(self._engine, self._state, rates, self._elapsed())
+
+    def _evaluate(self) -> None:
+        assert self._engine is not None
+        batches = self._validation_batches(distributed.rank(), distributed.world_size())
+        totals = self._engine.evaluate(batches).tolist()
+        self._log.evaluation(self._engine, self._state, totals, self._elapsed())
+
+    def _validation_batches(
+        self, rank: int, world_size: int, batch_size: int | None = None
+    ) -> Iterator[MaskedLMBatch]:
+        evaluation = self.recipe.evaluation
+        return validation_batches(
+            self._validation,
+            self.recipe.data,
+            seed=self.recipe.seed,
+            max_sequences=evaluation.max_sequences,
+            batch_size=batch_size or evaluation.batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    # -- saving and switching ------------------------------------------------------------------
+
+    def _save(self, tag: str) -> Snapshot:
+        """Commit the current state under `tag`; all ranks learn whether it worked. Collective."""
+        assert self._engine is not None
+        snapshot = self._engine.snapshot()
+        self._update(
+            optimizer_steps=snapshot.optimizer_steps,
+            loss_scale=snapshot.loss_scale,
+            elapsed_seconds=self._elapsed(),
+        )
+        self._session_began = time.perf_counter()
+        fault = ""
+        if distributed.is_main():
+            try:
+                self._manager.save(tag, snapshot, self._state)
+            except CheckpointError as error:
+                fault = str(error)
+        if not distributed.all_ranks_agree(not fault, self._engine.device):
+            raise CheckpointError(fault or "the main rank could not write a checkpoint")
+        return snapshot
+
+    def _leave_stage(self, report: SwitchReport) -> Snapshot:
+        """Save the stage's end and tear its engine down."""
+        assert self._engine is not None
+        with report.timed("save"):
+            snapshot = self._save(f"stage{self._state.stage + 1}_end")
+        with report.timed("tear_down"):
+            self._loader.close()
+            self._engine.destroy()
+            self._engine = None
+        return snapshot
+
+    def _switch(self, take: Callable[[SwitchReport], Snapshot]) -> None:
+        """Grow into the next stage; `take` hands over the old stage's weights."""
+        began = time.perf_counter()
+        to_stage = self._state.stage + 1
+        device = engine.current_device()
+        probe = next(islice(self._validation_batches(0, 1, PROBE_SEQUENCES), 1))
+
+        def build(snapshot: Snapshot) -> TrainEngine:
+            layers = self.recipe.stages[to_stage].num_hidden_layers
+            self._update(stage=to_stage, num_hidden_layers=layers, optimizer_steps=0)
+            return self._build(snapshot)
+
+        _, report = switch_stage(self.recipe, to_stage, take, build, (probe, device))
+        with report.timed("save"):
+            self._save(f"stage{to_stage + 1}_begin")
+        report.seconds = time.perf_counter() - began
+        self._log.stage_switch(self._state, report)
+
+    # -- accounts ------------------------------------------------------------------------------
+
+    def _update(self, **changes: object) -> None:
+        self._state = self._state.model_copy(update=changes)
+
+    def _elapsed(self) -> float:
+        return self._state.elapsed_seconds + time.perf_counter() - self._session_began
+
+    def _unigram_loss(self) -> float | None:
+        """Validation MLM loss of predicting training frequencies; known on the main rank."""
+        counts = load_token_counts(self._data_dir)
+        if counts is None or not distributed.is_main():
+            return None
+        return metrics.unigram_loss(self._validation_batches(0, 1), counts)

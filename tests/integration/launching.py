@@ -1,0 +1,57 @@
+"""Helpers of the integration tests: commands as a user types them, and what they leave behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with one thread a rank and nothing left by another launcher."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    return {**kept, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def script(name: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `python launch/NAME ARGUMENTS`."""
+    command = [sys.executable, str(LAUNCH / name), *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def deepspeed_command(ranks: int, *arguments: object) -> list[str]:
+    """`deepspeed --num_accelerators RANKS launch/pretrain.py ARGUMENTS` by the real launcher."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    options = [f"--num_accelerators={ranks}", f"--master_port={free_port()}"]
+    return [
+        sys.executable, str(launcher), *options, str(LAUNCH / "pretrain.py"), *map(str, arguments)
+    ]  # fmt: skip
+
+
+def pretrain(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Train with the real launcher and wait."""
+    command = deepspeed_command(ranks, *arguments)
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def rows(run_dir: Path, event: str) -> list[dict[str, object]]:
+    """Rows of one kind of a run's metrics.jsonl; after a resume the later row of a step counts."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if row["event"] == event]
+    return list({row.get("global_step"): row for row in found}.values())

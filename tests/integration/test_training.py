@@ -1,0 +1,184 @@
+"""The main job through the real launcher on two CPU ranks: stages, switches, run folder, resume."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launching import ROOT, deepspeed_command, environment, pretrain, rows
+
+from stacking.config_loading import load_recipe
+from stacking.schedule import learning_rate
+
+RECIPE = ROOT / "launch" / "recipes" / "tiny_test.json"
+FP32 = ROOT / "deepspeed_configs" / "cpu_fp32.json"
+
+
+def arguments(data: Path, run_dir: Path, config: Path = FP32) -> list[object]:
+    return ["--recipe", RECIPE, "--data", data, "--run-dir", run_dir, "--deepspeed_config", config]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed: fp32, two ranks."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = pretrain(2, *arguments(tiny_data, run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+def test_all_stages_are_trained_to_their_last_step(whole_run: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    depth_at = {row["global_step"]: row["num_hidden_layers"] for row in rows(whole_run, "train")}
+    end = 0
+    for stage in recipe.stages:
+        end += stage.steps
+        assert depth_at[end] == stage.num_hidden_layers
+    assert max(depth_at) == recipe.total_steps
+
+
+def test_the_learning_rate_is_the_schedules_at_every_step_across_switches(whole_run: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    for row in rows(whole_run, "train"):
+        step = int(str(row["global_step"])) - 1
+        expected = learning_rate(step, recipe.learning_rate, recipe.total_steps)
+        assert row["lr"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_model_learns(whole_run: Path) -> None:
+    losses = [float(str(row["val_mlm_loss"])) for row in rows(whole_run, "evaluation")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_each_switch_is_logged_with_its_loss_before_and_after(whole_run: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    switches = rows(whole_run, "stage_switch")
+    assert len(switches) == len(recipe.stages) - 1
+    for index, row in enumerate(switches):
+        assert row["from_num_hidden_layers"] == recipe.stages[index].num_hidden_layers
+        assert row["to_num_hidden_layers"] == recipe.stages[index + 1].num_hidden_layers
+        assert row["loss_before"] != row["loss_after"]
+        assert float(str(row["max_logit_difference"])) > 0
+
+
+def test_moments_are_fresh_after_a_switch(whole_run: Path) -> None:
+    for folder in (whole_run / "checkpoints").glob("stage*_begin"):
+        assert json.loads((folder / "state.json").read_text())["optimizer_steps"] == 0
+        assert not (folder / "moments.safetensors").exists()
+
+
+def test_the_run_folder_is_as_the_readme_says(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir()}
+    assert {"recipe.json", "deepspeed.json", "metrics.jsonl", "checkpoints", "log.txt"} <= names
+    tags = {path.name for path in (whole_run / "checkpoints").iterdir()}
+    assert {"stage1_end", "stage2_begin", "stage2_end", "stage3_begin", "stage3_end"} <= tags
+    keys = (
+        "global_step stage num_hidden_layers lr loss tokens real_tokens step_seconds "
+        "tokens_per_second model_flops mfu data_wait_seconds elapsed_seconds loss_scale grad_norm"
+    )
+    for row in rows(whole_run, "train"):
+        assert set(keys.split()) <= set(row)
+    end = rows(whole_run, "run_end")[0]
+    assert float(str(end["val_mlm_loss"])) > 0
+    assert float(str(end["unigram_loss"])) > 0
+
+
+def test_a_second_start_says_done_and_changes_nothing(whole_run: Path, tiny_data: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    again = pretrain(2, *arguments(tiny_data, whole_run))
+    assert again.returncode == 0
+    assert "done: " in again.stdout
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(whole_run: Path, tiny_data: Path) -> None:
+    done = pretrain(1, *arguments(tiny_data, whole_run), "--set", "seed=99")
+    assert done.returncode == 2
+    assert '"seed": 99' in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_losses_do_not_depend_on_the_number_of_ranks(
+    whole_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    done = pretrain(1, *arguments(tiny_data, tmp_path / "one"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for ours, theirs in zip(rows(tmp_path / "one", "train"), rows(whole_run, "train"), strict=True):
+        assert ours["sample_hash"] == theirs["sample_hash"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize("kill_after_rows", [1, 4])
+def test_a_killed_run_continues_with_the_losses_of_the_undisturbed_one(
+    whole_run: Path, tiny_data: Path, tmp_path: Path, kill_after_rows: int
+) -> None:
+    run_dir = tmp_path / "killed"
+    command = deepspeed_command(2, *arguments(tiny_data, run_dir))
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and metrics.read_bytes().count(b'"event": "train"') >= kill_after_rows:
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = pretrain(2, *arguments(tiny_data, run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for ours, theirs in zip(rows(run_dir, "train"), rows(whole_run, "train"), strict=True):
+        for key in ("global_step", "loss", "lr", "sample_hash", "num_hidden_layers"):
+            assert ours[key] == theirs[key]
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_3(tiny_data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "stopped"
+    long = ["--set", "stages.0.steps=100000"]
+    command = deepspeed_command(1, *arguments(tiny_data, run_dir), *long)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run_dir / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    for pid in _ranks_below(process.pid):
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, output
+    assert "the same command continues" in output
+    assert any((run_dir / "checkpoints").glob("step_*/COMMITTED"))
+
+
+def _ranks_below(pid: int) -> list[int]:
+    """Processes of pretrain.py itself, not of its launchers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (entry / "cmdline").exists():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                is_ours = os.getsid(int(entry.name)) == pid
+            except (OSError, ProcessLookupError):
+                continue
+            is_rank = len(words) > 2 and words[2].endswith(b"pretrain.py")
+            if is_ours and is_rank:
+                found.append(int(entry.name))
+    return found
+
+
+def test_the_default_json_runs_in_bf16_on_a_cpu_and_says_so(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = ROOT / "deepspeed_configs" / "fp16_fused_adam.json"
+    done = pretrain(2, *arguments(tiny_data, tmp_path / "run", config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    notices = [line for line in done.stdout.splitlines() if "bf16" in line]
+    assert len(notices) == 1
+    strict = pretrain(2, *arguments(tiny_data, tmp_path / "strict", config), "--strict-precision")
+    assert strict.returncode == 2
+    assert "Traceback" not in strict.stdout + strict.stderr

@@ -1,0 +1,167 @@
+"""Who may import whom, and how long a file may be: the house rules, read off the source."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import data_prep
+import stacking
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = sorted((ROOT / "launch").glob("*.py"))
+PACKAGES = sorted([*(ROOT / "stacking").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SOURCES = [*PACKAGES, *LAUNCH, *TESTS]
+SHELL = [ROOT / "launch/demo.sh", ROOT / "launch/setup_env.sh", ROOT / "tests/run.sh"]
+MOST_LINES, MOST_FUNCTION_LINES, MOST_LAUNCH_LINES = 600, 60, 100
+# A mark without an issue number, `(#12)`; spelt so that it does not find itself.
+UNNUMBERED = r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b(?!\(#\d+\))"
+
+# A module of stacking may import modules of its own layer and of those below; never in a circle.
+LAYERS = {
+    0: {"errors"},
+    1: {"config_base", "config_faults", "config_learning_rate", "config", "config_loading",
+        "schedule", "distributed", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
+        "stopping", "progress"},
+    2: {"functional", "positions", "modeling", "growth", "freezing", "sample_order",
+        "shard_reader", "dataset", "cost", "metrics"},
+    3: {"engine", "checkpoint", "run_folder"},
+    4: {"stage_switch"},
+    5: {"run_log", "trainer", "hf", "hf_homes", "hf_tokenizer", "glue", "squad", "attention_maps",
+        "report", "report_metrics", "report_figures"},
+}  # fmt: skip
+LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
+ONLY_IN = {
+    "deepspeed": {"engine"},
+    "apex": {"engine"},
+    "transformers": {"hf", "hf_homes", "hf_tokenizer"},
+    "matplotlib": {"attention_maps", "report_figures"},
+    "argparse": set[str](),
+}
+
+
+def module(path: Path) -> str:
+    """`stacking/growth/depth.py` is `growth`: a package is one room."""
+    inside = path.relative_to(ROOT).parts[1:]
+    return inside[0].removesuffix(".py")
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes outside `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from nodes(child)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names: `from a import b` gives `a.b`."""
+    for node in nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Modules of stacking that a file of stacking imports, itself left out."""
+    found = {
+        name.split(".")[1] for name in imports(parse(path)) if name.startswith("stacking.")
+    } & set(LAYER)
+    return found - {module(path)}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=name_of)
+def test_libraries_are_imported_only_in_their_room(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(parse(path))}
+    for library, rooms in ONLY_IN.items():
+        is_home = path.is_relative_to(ROOT / "stacking") and module(path) in rooms
+        assert library not in roots or is_home, f"{library} belongs in {sorted(rooms) or 'launch'}"
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGES if "data_prep" in p.parts], ids=name_of)
+def test_data_prep_knows_nothing_of_training(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(parse(path))}
+    assert not roots & {"torch", "deepspeed", "stacking", "pydantic", "transformers"}
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGES if "stacking" in p.parts], ids=name_of)
+def test_stacking_imports_only_its_own_layer_and_those_below(path: Path) -> None:
+    for name in imports(parse(path)):
+        if name.startswith("data_prep"):
+            assert name.split(".")[1] in {"shard_format", "masking", "errors"}, name
+    if module(path) == "__init__":
+        return
+    assert module(path) in LAYER, "give the new module a layer here and in architecture.md"
+    for other in imported_rooms(path):
+        assert LAYER[other] <= LAYER[module(path)], f"{other} lies above {module(path)}"
+
+
+def test_there_is_no_import_cycle() -> None:
+    edges: dict[str, set[str]] = {}
+    for path in (ROOT / "stacking").rglob("*.py"):
+        if path.name != "__init__.py" or path.parent.name != "stacking":
+            edges.setdefault(module(path), set()).update(imported_rooms(path))
+    while leaves := {name for name, below in edges.items() if not below & set(edges)}:
+        edges = {name: below for name, below in edges.items() if name not in leaves}
+    assert not edges, f"these import each other in a circle: {sorted(edges)}"
+
+
+@pytest.mark.parametrize("path", [*PACKAGES, *LAUNCH], ids=name_of)
+def test_no_function_imports(path: Path) -> None:
+    for node in nodes(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            inside = [n.lineno for n in nodes(node) if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not inside, f"{node.name} imports on line {inside}"
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=name_of)
+def test_the_environment_is_read_only_in_distributed(path: Path) -> None:
+    if name_of(path) == "stacking/distributed.py":
+        return
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
+            assert node.attr not in {"environ", "getenv", "putenv"}, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=name_of)
+def test_launch_scripts_are_thin(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < MOST_LAUNCH_LINES
+
+
+def test_launch_is_no_package() -> None:
+    assert not list((ROOT / "launch").rglob("__init__.py"))
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= MOST_FUNCTION_LINES, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SHELL, ROOT / "setup.py"], ids=name_of)
+def test_source_is_ascii_and_each_to_do_names_its_issue(path: Path) -> None:
+    text = path.read_bytes().decode("ascii")
+    assert not re.findall(UNNUMBERED, text)
+
+
+@pytest.mark.parametrize("package", [stacking, data_prep], ids=["stacking", "data_prep"])
+def test_the_packages_are_this_checkouts(package: object) -> None:
+    assert Path(str(getattr(package, "__file__"))).is_relative_to(ROOT)  # noqa: B009

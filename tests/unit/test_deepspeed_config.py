@@ -1,0 +1,287 @@
+"""What a recipe and a device make of a DeepSpeed JSON: numbers, precision, batches, overrides."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from stacking.config import Recipe
+from stacking.deepspeed_config import (
+    Accelerator,
+    ResolvedEngine,
+    default_config_path,
+    load_deepspeed_config,
+    place_monitors,
+    resolve,
+    resolve_stages,
+)
+from stacking.errors import ConfigError
+
+CPU = Accelerator("cpu", supports_fp16=False, supports_bf16=True, fused_adam=False)
+CUDA = Accelerator("cuda", supports_fp16=True, supports_bf16=True, fused_adam=True)
+OLD_CUDA = Accelerator("cuda", supports_fp16=True, supports_bf16=False, fused_adam=False)
+OLD_CPU = Accelerator("cpu", supports_fp16=False, supports_bf16=False, fused_adam=False)
+NEW_CPU = Accelerator("cpu", supports_fp16=True, supports_bf16=True, fused_adam=False)
+
+GOOD: dict[str, object] = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+
+
+def recipe(global_batch_size: int = 24, **deepspeed: object) -> Recipe:
+    """Two stages; `deepspeed` overrides keys in the second."""
+    model = {"vocab_size": 97, "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 5}
+    stages = [
+        {"num_hidden_layers": 2, "steps": 7},
+        {"num_hidden_layers": 5, "steps": 9, "deepspeed": deepspeed},
+    ]
+    return Recipe.model_validate(
+        {
+            "name": "odd",
+            "model": model,
+            "global_batch_size": global_batch_size,
+            "optimizer": {"betas": [0.8, 0.97], "eps": 1e-7, "weight_decay": 0.03},
+            "stages": stages,
+        }
+    )
+
+
+def write(folder: Path, document: object) -> Path:
+    path = folder / "engine.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def resolved(
+    folder: Path,
+    document: object,
+    accelerator: Accelerator = CPU,
+    *,
+    world_size: int = 2,
+    strict: bool = False,
+    stage: int = 0,
+    using: Recipe | None = None,
+) -> ResolvedEngine:
+    return resolve(
+        load_deepspeed_config(write(folder, document)),
+        using or recipe(),
+        world_size=world_size,
+        accelerator=accelerator,
+        strict_precision=strict,
+        stage=stage,
+    )
+
+
+def test_the_default_json_is_found_and_has_fp16_and_fused_adam() -> None:
+    assert default_config_path().name == "fp16_fused_adam.json"
+    config = load_deepspeed_config(None)
+    assert config.settings.fp16.enabled
+    assert not config.settings.optimizer.params.torch_adam
+
+
+def test_every_number_is_written_out_for_deepspeed(tmp_path: Path) -> None:
+    document = {
+        **GOOD,
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_clipping": "auto",
+        "apex": {"fused_layer_norm": True},
+    }
+    engine = resolved(tmp_path, document, CUDA)
+    assert engine.deepspeed == {
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 0.0, "betas": [0.8, 0.97], "eps": 1e-7, "weight_decay": 0.03},
+        },
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+    }
+    assert (engine.precision, engine.zero_stage, engine.apex_layer_norm) == ("fp16", 1, True)
+    assert (engine.micro_batch_size, engine.gradient_accumulation_steps) == (3, 4)
+    assert engine.notices == ()
+
+
+def test_resolving_does_not_change_the_loaded_json(tmp_path: Path) -> None:
+    config = load_deepspeed_config(write(tmp_path, GOOD))
+    before = copy.deepcopy(config.document)
+    engines = resolve_stages(
+        config, recipe(), world_size=2, accelerator=CPU, strict_precision=False
+    )
+    zero = engines[0].deepspeed["zero_optimization"]
+    assert isinstance(zero, dict)
+    zero["stage"] = 3
+    assert config.document == before
+    assert engines[1].deepspeed["zero_optimization"] == {"stage": 1}
+
+
+def test_fp16_becomes_bf16_on_a_cpu_without_fp16_and_says_so(tmp_path: Path) -> None:
+    document = {
+        **GOOD,
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+        "communication_data_type": "fp16",
+        "data_types": {"grad_accum_dtype": "fp16"},
+    }
+    engine = resolved(tmp_path, document)
+    assert engine.precision == "bf16"
+    assert engine.deepspeed["bf16"] == {"enabled": True}
+    assert "fp16" not in json.dumps(engine.deepspeed)
+    assert engine.notices == (
+        "fp16 asked, this CPU has no fp16 arithmetic: running bf16; "
+        "--strict-precision refuses instead",
+    )
+    assert resolved(tmp_path, document, NEW_CPU).precision == "fp16"
+    assert resolved(tmp_path, document, OLD_CPU).precision == "fp32"
+
+
+def test_strict_precision_refuses_another_precision(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fp16: this CPU has no fp16 .*allowed here: bf16"):
+        resolved(tmp_path, GOOD, strict=True)
+    assert resolved(tmp_path, GOOD, CUDA, strict=True).precision == "fp16"
+
+
+def test_a_gpu_never_runs_another_precision_than_asked(tmp_path: Path) -> None:
+    document = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    with pytest.raises(ConfigError, match="bf16: this GPU has no bf16 arithmetic; allowed: fp16"):
+        resolved(tmp_path, document, OLD_CUDA)
+
+
+def test_autocast_and_fp32_may_run_without_zero(tmp_path: Path) -> None:
+    assert resolved(tmp_path, {}).precision == "fp32"
+    autocast = {"torch_autocast": {"enabled": True}}
+    assert resolved(tmp_path, autocast).precision == "bf16_autocast"
+    assert resolved(tmp_path, autocast, OLD_CPU).precision == "fp32"
+
+
+def test_adam_is_torchs_fused_adamw_on_a_cpu_and_fusedadam_on_a_gpu(tmp_path: Path) -> None:
+    document = {**GOOD, "optimizer": {"type": "Adam"}}
+    on_cpu, on_gpu = resolved(tmp_path, document), resolved(tmp_path, document, CUDA)
+    numbers = {"lr": 0.0, "betas": [0.8, 0.97], "eps": 1e-7, "weight_decay": 0.03}
+    torch_adam = {**numbers, "torch_adam": True, "fused": True}
+    assert on_cpu.deepspeed["optimizer"] == {"type": "AdamW", "params": torch_adam}
+    assert on_gpu.deepspeed["optimizer"] == {"type": "AdamW", "params": numbers}
+    assert len(on_cpu.notices) == 1  # the precision only
+    assert "torch's fused AdamW" in on_cpu.debug_notices[0]
+    no_compiler = resolved(tmp_path, document, OLD_CUDA)
+    assert no_compiler.deepspeed["optimizer"] == {"type": "AdamW", "params": torch_adam}
+    assert "FusedAdam cannot be built here" in no_compiler.notices[0]
+
+
+def test_lamb_runs_on_a_gpu_without_zero_only(tmp_path: Path) -> None:
+    document = {"optimizer": {"type": "Lamb", "params": {"max_coeff": 5.0}}}
+    with pytest.raises(ConfigError, match="got 'Lamb', which DeepSpeed has only for GPUs"):
+        resolved(tmp_path, document)
+    engine = resolved(tmp_path, document, CUDA)
+    block = engine.deepspeed["optimizer"]
+    assert isinstance(block, dict)
+    assert block["type"] == "Lamb"
+    assert block["params"]["max_coeff"] == 5.0
+    assert "torch_adam" not in block["params"]
+
+
+def test_what_only_helps_a_gpu_is_dropped_on_a_cpu_with_a_notice(tmp_path: Path) -> None:
+    offload = {"device": "cpu"}
+    zero = {"stage": 3, "offload_optimizer": offload, "offload_param": offload}
+    document = {**GOOD, "zero_optimization": zero, "apex": {"fused_layer_norm": True}}
+    engine = resolved(tmp_path, document)
+    assert engine.deepspeed["zero_optimization"] == {"stage": 3}
+    assert not engine.apex_layer_norm
+    assert [notice.split(" ")[0] for notice in engine.notices[1:]] == [
+        "offload_optimizer",
+        "offload_param",
+        "apex.fused_layer_norm",
+    ]
+    assert resolved(tmp_path, document, CUDA).deepspeed["zero_optimization"] == zero
+
+
+def test_quantized_zero_needs_a_gpu(tmp_path: Path) -> None:
+    zero = {"stage": 3, "zero_quantized_weights": True}
+    with pytest.raises(ConfigError, match="zero_quantized_weights: got true, which needs CUDA"):
+        resolved(tmp_path, {**GOOD, "zero_optimization": zero})
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "world_size", "micro"), [(24, 2, 12), (96, 1, 32), (58, 2, 29), (74, 2, 1)]
+)
+def test_the_default_micro_batch_is_the_largest_divisor_up_to_32(
+    tmp_path: Path, global_batch: int, world_size: int, micro: int
+) -> None:
+    engine = resolved(tmp_path, GOOD, world_size=world_size, using=recipe(global_batch))
+    assert engine.micro_batch_size == micro
+    assert micro * world_size * engine.gradient_accumulation_steps == global_batch
+    document = {**GOOD, "train_micro_batch_size_per_gpu": "auto"}
+    again = resolved(tmp_path, document, world_size=world_size, using=recipe(global_batch))
+    assert again == engine
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_with_numbers_that_do(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match="global_batch_size 24 cannot be shared equally by a world of 5 ranks; "
+        "allowed: 1, 2, 3, 4, 6 or 8 ranks, or global_batch_size 20 or 25",
+    ):
+        resolved(tmp_path, GOOD, world_size=5)
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused_with_those_that_do(tmp_path: Path) -> None:
+    document = {**GOOD, "train_micro_batch_size_per_gpu": 5}
+    with pytest.raises(
+        ConfigError,
+        match="got 5, but global_batch_size 24 over a world of 2 ranks is 12 sequences each; "
+        "allowed: 1, 2, 3, 4, 6 or 12",
+    ):
+        resolved(tmp_path, document)
+
+
+def test_a_stage_overrides_keys_for_itself_alone(tmp_path: Path) -> None:
+    config = load_deepspeed_config(write(tmp_path, GOOD))
+    using = recipe(train_micro_batch_size_per_gpu=4, zero_optimization={"overlap_comm": True})
+    first, second = resolve_stages(
+        config, using, world_size=2, accelerator=CUDA, strict_precision=True
+    )
+    assert (first.micro_batch_size, second.micro_batch_size) == (12, 4)
+    assert first.deepspeed["zero_optimization"] == {"stage": 1}
+    assert second.deepspeed["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+
+
+def test_a_stages_override_is_checked_like_the_file(tmp_path: Path) -> None:
+    using = recipe(train_batch_size=48, fp16={"enabeld": True}, elasticity={})
+    with pytest.raises(ConfigError) as caught:
+        resolved(tmp_path, GOOD, stage=1, using=using)
+    keys = [fault.split(": ")[0] for fault in caught.value.faults]
+    assert keys == [
+        "stages.1.deepspeed.train_batch_size",
+        "stages.1.deepspeed.elasticity",
+        "stages.1.deepspeed.fp16.enabeld",
+    ]
+
+
+def test_faults_of_all_stages_are_reported_together_and_once(tmp_path: Path) -> None:
+    config = load_deepspeed_config(write(tmp_path, GOOD))
+    using = recipe(train_micro_batch_size_per_gpu=7)
+    with pytest.raises(ConfigError) as caught:
+        resolve_stages(config, using, world_size=2, accelerator=CPU, strict_precision=True)
+    assert len(caught.value.faults) == 2
+    assert "fp16: this CPU" in caught.value.faults[0]
+    assert "micro_batch_size_per_gpu: got 7" in caught.value.faults[1]
+
+
+def test_monitors_write_into_the_run_folder_unless_told_otherwise(tmp_path: Path) -> None:
+    monitors = {
+        "tensorboard": {"enabled": True},
+        "csv_monitor": {"enabled": True, "output_path": "elsewhere", "job_name": "mine"},
+    }
+    engine = place_monitors(resolved(tmp_path, {**GOOD, **monitors}), tmp_path / "run")
+    expected = {"enabled": True, "output_path": str(tmp_path / "run"), "job_name": "tensorboard"}
+    assert engine.deepspeed["tensorboard"] == expected
+    assert engine.deepspeed["csv_monitor"] == monitors["csv_monitor"]
+    off = place_monitors(resolved(tmp_path, {**GOOD, "tensorboard": {}}), tmp_path)
+    assert off.deepspeed["tensorboard"] == {}
+
+
+def test_rows_are_logged_as_often_as_deepspeed_prints(tmp_path: Path) -> None:
+    assert resolved(tmp_path, {**GOOD, "steps_per_print": 7}).log_every == 7
+    assert resolved(tmp_path, GOOD).log_every == 10

@@ -1,0 +1,79 @@
+"""What users rely on: changing it must be a decision, made here and in the CHANGELOG."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stacking
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+JSON = "--json"
+
+FLAGS = {
+    "prepare_data.py shards": {
+        JSON, "--out", "--validation", "--field", "--vocab-size", "--tokenizer",
+        "--max-seq-length", "--pairs", "--static-masks", "--masked-lm-prob",
+        "--max-predictions-per-seq", "--rows-per-shard", "--workers", "--seed",
+    },
+    "prepare_data.py vocab": {JSON, "--out", "--validation", "--field", "--vocab-size"},
+    "prepare_data.py check": {JSON},
+    "pretrain.py": {
+        "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
+        "--strict-precision",
+    },
+    "export.py": {"--out", "--tag", JSON},
+    "report.py": {JSON},
+}  # fmt: skip
+
+
+def help_of(command: str) -> str:
+    script, *subcommand = command.split()
+    done = subprocess.run(
+        [sys.executable, str(LAUNCH / script), *subcommand, "--help"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_the_flags_of_each_command_are_frozen_and_its_help_has_an_example(command: str) -> None:
+    text = help_of(command)
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.split(r"\nexample", text)[0]))
+    assert flags - {"--help"} == FLAGS[command]
+    assert "example" in text
+    assert f"launch/{command.split()[0]}" in text.split("example")[-1]
+
+
+def test_every_command_is_frozen() -> None:
+    frozen = {command.split()[0] for command in FLAGS}
+    assert {path.name for path in LAUNCH.glob("*.py")} == frozen
+
+
+def test_a_users_mistake_is_exit_code_2_with_one_message(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(LAUNCH / "report.py"), str(tmp_path), JSON],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "metrics.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_python_surface_is_frozen() -> None:
+    assert sorted(stacking.__all__) == [
+        "BertConfig", "BertForPreTraining", "Recipe", "Trainer", "grow",
+    ]  # fmt: skip
+    for name in stacking.__all__:
+        assert getattr(stacking, name).__name__ == name
+
+
+def test_importing_stacking_needs_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, stacking; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"

