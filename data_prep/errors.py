@@ -1,4 +1,4 @@
-"""Errors of data preparation; the class says who must act. Every UserError ends a command with exit code 2."""
+"""Errors of data preparation. A UserError is the user's to mend; it ends a command with code 2."""
 
 
 class UserError(Exception):

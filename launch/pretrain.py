@@ -9,10 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from stacking.deepspeed_config import load_deepspeed_config
-
 from stacking import Trainer, distributed
 from stacking.config_loading import load_recipe
+from stacking.deepspeed_config import load_deepspeed_config
 from stacking.errors import UserError
 from stacking.trainer import Outcome
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stacking.engine import MOMENTS, Snapshot
 from stacking.errors import CheckpointError
+from stacking.snapshot import MOMENTS, Snapshot
 
 MARKER = "COMMITTED"
 WEIGHTS, MOMENTS_FILE, STATE = "weights.safetensors", "moments.safetensors", "state.json"

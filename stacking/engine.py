@@ -11,9 +11,9 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
 from stacking.errors import CheckpointError, ConfigError
 from stacking.modeling import BertForPreTraining
+from stacking.snapshot import MOMENTS, Snapshot
 
 try:
     import deepspeed
@@ -36,23 +37,12 @@ try:
 except ImportError:  # `from stacking import grow` works without it; start() says what to install
     deepspeed = None
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Names of the flat fp32 partitions in DeepSpeed's ZeRO optimizers: stages 1-2, 3, BF16_Optimizer.
 _FLAT_PARTITIONS = (
     "single_partition_of_fp32_groups",
     "fp32_partitioned_groups_flat",
     "fp32_groups_flat_partition",
 )
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything that an optimizer step reads, at full size, fp32, on the CPU."""
-
-    weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> ...
-    optimizer_steps: int = 0  # Adam's own count: since the engine's moments were fresh
-    loss_scale: float | None = None  # fp16 only
 
 
 def start(log_file: Path | None, timeout_minutes: float = 10.0) -> Accelerator:
@@ -66,7 +56,7 @@ def start(log_file: Path | None, timeout_minutes: float = 10.0) -> Accelerator:
     _route_log(log_file)
     # DeepSpeed compiles a shared-memory op on the CPU that only inference_all_reduce uses: 48 s,
     # and fatal without a compiler. tests/unit/test_engine.py tells when the hook is gone.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
     deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
     kind = get_accelerator().device_name()
     if kind == "cpu":
@@ -200,6 +190,7 @@ class TrainEngine:
         """Full fp32 weights and moments on every rank's CPU, one tensor at a time. Collective."""
         names = list(self._engine.module.named_parameters())
         steps = self._adam_steps()
+        self._link_moments()
         moments: dict[str, dict[str, Tensor]] = {}
         if steps:
             for key in MOMENTS:
@@ -222,7 +213,7 @@ class TrainEngine:
     def _write_masters(self, weights: Mapping[str, Tensor]) -> None:
         """DeepSpeed makes the masters from the 16-bit copy: put the lost bits back."""
         for name, parameter in self._engine.module.named_parameters():
-            deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].to(self.device))
+            _write_full(parameter, weights[name].to(self.device))
 
     def _write_moments(self, snapshot: Snapshot) -> None:
         """Create Adam's state as its first step would, then fill it."""
@@ -235,15 +226,25 @@ class TrainEngine:
                 "step": torch.tensor(float(count), device=flat.device) if is_torch else count,
                 **{key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS},
             }
-        if hasattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for key in MOMENTS:
             for name, parameter in self._engine.module.named_parameters():
                 value = snapshot.moments[key][name].to(self.device)
                 if flats:
-                    deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+                    _write_full(parameter, value, key)
                 else:
                     optimizer.state[parameter][key].copy_(value)
+
+    def _link_moments(self) -> None:
+        """Let each parameter find its part of the flat moments (ZeRO 1 and 2).
+
+        DeepSpeed links them when the first parameter group has stepped, before the others have any
+        moments, and never again.
+        """
+        optimizer = self._engine.optimizer
+        if self._base_optimizer().state and hasattr(optimizer, "_hp_optimizer_states_linked"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_partitions(self) -> list[Tensor]:
         for name in _FLAT_PARTITIONS:
@@ -262,7 +263,7 @@ class TrainEngine:
             raise CheckpointError("only Adam's moments can be saved; choose Adam in the JSON")
         return int(states[0]["step"]) if states else 0
 
-    def _loss_scaler(self):  # type: ignore[no-untyped-def]  # DeepSpeed ships no types
+    def _loss_scaler(self) -> Any:  # DeepSpeed ships no types
         if not self._engine.fp16_enabled():
             return None
         return getattr(self._engine.optimizer, "loss_scaler", None)
@@ -301,7 +302,24 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
-def _layer_norm(use_apex: bool):  # type: ignore[no-untyped-def]  # apex ships no types
+def _write_full(parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
+    """Write a whole fp32 weight, or moment `key`, of which this rank keeps its part."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        # DeepSpeed's own safe_set_full_* overrun the tensor on the last rank when its size is no
+        # multiple of the ranks; the test of odd sizes in test_engine.py tells when that is mended.
+        optimizer = parameter._z3_optimizer  # type: ignore[attr-defined]
+        part: Tensor = optimizer.get_local_fp32_param(parameter, key)
+        whole = torch.zeros(part.numel() * distributed.world_size(), device=value.device)
+        whole[: value.numel()] = value.flatten()
+        mine = whole.narrow(0, distributed.rank() * part.numel(), part.numel())
+        optimizer.set_local_hp_param(mine, parameter, key)
+    elif key is None:
+        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+    else:
+        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _layer_norm(use_apex: bool) -> Any:  # apex ships no types
     if not use_apex:
         return nn.LayerNorm
     try:  # optional, built from source by the user
@@ -348,7 +366,7 @@ def _route_log(log_file: Path | None) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.INFO)
 
 
-def _close_monitors(engine) -> None:  # type: ignore[no-untyped-def]  # DeepSpeed ships no types
+def _close_monitors(engine: Any) -> None:  # DeepSpeed ships no types
     """Close the TensorBoard writer, which engine.destroy() forgets."""
     monitor = getattr(getattr(engine, "monitor", None), "tb_monitor", None)
     writer = getattr(monitor, "summary_writer", None)

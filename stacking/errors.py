@@ -1,4 +1,4 @@
-"""Errors of training; the class says who must act. Every UserError ends a command with exit code 2."""
+"""Errors of training; the class says who must act. A UserError ends a command with exit code 2."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ __all__ = ["CheckpointError", "ConfigError", "GrowthError", "ShardError", "UserE
 
 
 class ConfigError(UserError):
-    """Faults in a recipe, a DeepSpeed JSON or the command line: all of them at once, one line each."""
+    """Faults in a recipe, a DeepSpeed JSON or the command line: all at once, one line each."""
 
     def __init__(self, faults: Sequence[str] | str) -> None:
         self.faults = [faults] if isinstance(faults, str) else list(faults)

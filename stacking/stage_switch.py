@@ -16,9 +16,10 @@ from torch import Tensor
 from stacking import distributed
 from stacking.config import BertConfig, Recipe
 from stacking.dataset import MaskedLMBatch
-from stacking.engine import Snapshot, TrainEngine
+from stacking.engine import TrainEngine
 from stacking.growth import grow_weights
 from stacking.modeling import BertForPreTraining
+from stacking.snapshot import Snapshot
 
 
 @dataclass

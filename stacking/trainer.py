@@ -24,14 +24,15 @@ from stacking.dataset import (
     open_shards,
     validation_batches,
 )
-from stacking.deepspeed_config import DeepSpeedConfig, ResolvedEngine, resolve
-from stacking.engine import Snapshot, TrainEngine
+from stacking.deepspeed_config import DeepSpeedConfig, place_monitors, resolve_stages
+from stacking.engine import TrainEngine
 from stacking.errors import CheckpointError
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
 from stacking.schedule import learning_rate, stage_start
+from stacking.snapshot import Snapshot
 from stacking.stage_switch import SwitchReport, switch_stage
 from stacking.stopping import StopRequest
 
@@ -80,7 +81,16 @@ class Trainer:
         try:
             self._accelerator = engine.start(self.folder.log if self.folder.path.exists() else None)
             distributed.barrier()
-            self._resolved = [self._resolve(stage) for stage in range(len(self.recipe.stages))]
+            self._resolved = [
+                place_monitors(resolved, self.folder.path)
+                for resolved in resolve_stages(
+                    self._deepspeed_config,
+                    self.recipe,
+                    world_size=distributed.world_size(),
+                    accelerator=self._accelerator,
+                    strict_precision=self._strict_precision,
+                )
+            ]
             self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
             stages = len(self.recipe.stages)
             with (
@@ -97,16 +107,6 @@ class Trainer:
                 return self._run()
         finally:
             distributed.shut_down()
-
-    def _resolve(self, stage: int) -> ResolvedEngine:
-        return resolve(
-            self._deepspeed_config,
-            self.recipe,
-            world_size=distributed.world_size(),
-            accelerator=self._accelerator,
-            strict_precision=self._strict_precision,
-            stage=stage,
-        )
 
     def _run(self) -> Outcome:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
@@ -145,7 +145,7 @@ class Trainer:
             stage=0,
             num_hidden_layers=recipe.stages[0].num_hidden_layers,
             optimizer_steps=0,
-            loader={"samples_consumed": 0},
+            loader={},
             recipe_sha256=recipe_sha256(recipe),
         )
         self._log.run_start(self._unigram_loss())
@@ -183,11 +183,13 @@ class Trainer:
             self.recipe.data,
             seed=self.recipe.seed,
             global_batch_size=self.recipe.global_batch_size,
+            model_vocab_size=config.vocab_size,
             micro_batch_size=resolved.micro_batch_size,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        self._loader.load_state_dict(self._state.loader)
+        if self._state.loader:
+            self._loader.load_state_dict(self._state.loader)
         return self._engine
 
     # -- one stage -----------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from ranks import run_on_ranks
 from stacking import distributed, engine
 from stacking.config import BertConfig, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
-from stacking.engine import Snapshot, TrainEngine
+from stacking.engine import TrainEngine
 from stacking.growth import grow_weights
 from stacking.modeling import BertForPreTraining, init_weights
+from stacking.snapshot import Snapshot
 
 CONFIG = BertConfig(
     vocab_size=53, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,

@@ -14,11 +14,19 @@ from stacking.config_loading import load_recipe
 from stacking.schedule import learning_rate
 
 RECIPE = ROOT / "launch" / "recipes" / "tiny_test.json"
+# The tiny recipe with sentence pairs, and long enough to learn something.
+CHANGES = [
+    "model.vocab_size=400", "model.type_vocab_size=2", "model.num_nsp_labels=2",
+    "model.pooler=true", "model.position=learned", "learning_rate.peak=0.01",
+    "stages.0.steps=20", "stages.1.steps=9", "stages.2.steps=7",
+]  # fmt: skip
 FP32 = ROOT / "deepspeed_configs" / "cpu_fp32.json"
 
 
 def arguments(data: Path, run_dir: Path, config: Path = FP32) -> list[object]:
-    return ["--recipe", RECIPE, "--data", data, "--run-dir", run_dir, "--deepspeed_config", config]
+    changes = [word for change in CHANGES for word in ("--set", change)]
+    places = ["--recipe", RECIPE, "--data", data, "--run-dir", run_dir]
+    return [*places, "--deepspeed_config", config, *changes]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_all_stages_are_trained_to_their_last_step(whole_run: Path) -> None:
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, CHANGES)
     depth_at = {row["global_step"]: row["num_hidden_layers"] for row in rows(whole_run, "train")}
     end = 0
     for stage in recipe.stages:
@@ -41,7 +49,7 @@ def test_all_stages_are_trained_to_their_last_step(whole_run: Path) -> None:
 
 
 def test_the_learning_rate_is_the_schedules_at_every_step_across_switches(whole_run: Path) -> None:
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, CHANGES)
     for row in rows(whole_run, "train"):
         step = int(str(row["global_step"])) - 1
         expected = learning_rate(step, recipe.learning_rate, recipe.total_steps)
@@ -54,7 +62,7 @@ def test_the_model_learns(whole_run: Path) -> None:
 
 
 def test_each_switch_is_logged_with_its_loss_before_and_after(whole_run: Path) -> None:
-    recipe = load_recipe(RECIPE)
+    recipe = load_recipe(RECIPE, CHANGES)
     switches = rows(whole_run, "stage_switch")
     assert len(switches) == len(recipe.stages) - 1
     for index, row in enumerate(switches):

@@ -26,7 +26,7 @@ LAYERS = {
     1: {"config_base", "config_faults", "config_learning_rate", "config", "config_loading",
         "schedule", "distributed", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
         "stopping", "progress"},
-    2: {"functional", "positions", "modeling", "growth", "freezing", "sample_order",
+    2: {"snapshot", "functional", "positions", "modeling", "growth", "freezing", "sample_order",
         "shard_reader", "dataset", "cost", "metrics"},
     3: {"engine", "checkpoint", "run_folder"},
     4: {"stage_switch"},

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stacking.checkpoint import MARKER, WEIGHTS, CheckpointManager, TrainState
-from stacking.engine import Snapshot
 from stacking.errors import CheckpointError
+from stacking.snapshot import Snapshot
 
 
 def state(step: int, stage: int = 0, optimizer_steps: int = 3) -> TrainState:

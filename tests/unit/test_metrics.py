@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stacking.dataset import MaskedLMBatch
 
 from stacking import cost
 from stacking.config import BertConfig, DataConfig
+from stacking.dataset import MaskedLMBatch
 from stacking.metrics import (
     MetricsLog,
     Window,

@@ -25,3 +25,10 @@ def test_handlers_are_as_before_afterwards() -> None:
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_after_sigint_is_the_same_wish() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.is_requested
