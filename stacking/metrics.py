@@ -68,9 +68,10 @@ class Window:
     def __init__(self, device: torch.device) -> None:
         """`device`: where the step's sums live."""
         self.device = device
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Forget what was collected and start the clock anew."""
         # MLM loss, NSP loss, correct, masked tokens, sequences, tokens, real tokens
         self._sums = torch.zeros(7, dtype=torch.float64, device=self.device)
         self._steps = 0
@@ -103,7 +104,7 @@ class Window:
             mlm / max(1, masked), nsp / max(1, sequences), correct / max(1, masked),
             int(tokens), int(real), seconds, self._data_wait, self._steps,
         )  # fmt: skip
-        self._restart()
+        self.restart()
         return rates
 
 

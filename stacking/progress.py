@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from stacking import distributed
 
@@ -20,7 +20,7 @@ class ProgressReporter:
         self._is_live = self._console.is_terminal and distributed.is_main()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
             console=self._console, transient=True, disable=not self._is_live,
         )  # fmt: skip
         self._task = self._bar.add_task("starting", total=total_steps, numbers="")
@@ -43,14 +43,13 @@ class ProgressReporter:
         """Print one line above the bar."""
         self._console.print(line, markup=False, soft_wrap=True)
 
-    def step(self, global_step: int, stage: int, layers: int, numbers: str, seconds: float) -> None:
-        """Show the newest logged step; `seconds`: mean time of one step."""
+    def step(self, global_step: int, stage: int, layers: int, numbers: str, left: float) -> None:
+        """Show the newest logged step; `left`: seconds to the end of the run."""
         place = f"stage {stage + 1}/{self._num_stages} ({layers} layers)"
+        numbers += f"  left {_minutes(left)}"
         self._bar.update(self._task, completed=global_step, description=place, numbers=numbers)
         if not self._is_live:
-            left = (self._total_steps - global_step) * seconds
-            self.say(f"{place}  step {global_step}/{self._total_steps}  {numbers}  "
-                     f"left {_minutes(left)}")  # fmt: skip
+            self.say(f"{place}  step {global_step}/{self._total_steps}  {numbers}")
 
 
 def _minutes(seconds: float) -> str:

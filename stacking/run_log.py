@@ -7,12 +7,12 @@ import torch
 from stacking import distributed, metrics
 from stacking.checkpoint import TrainState
 from stacking.config import BertConfig, Recipe
-from stacking.cost import num_parameters
+from stacking.cost import num_parameters, training_flops
 from stacking.engine import TrainEngine
 from stacking.errors import UserError
 from stacking.progress import ProgressReporter
 from stacking.run_folder import RunFolder
-from stacking.schedule import learning_rate
+from stacking.schedule import learning_rate, stage_start
 from stacking.stage_switch import SwitchReport
 
 _DTYPES = {
@@ -102,8 +102,22 @@ class RunLog:
         named = {"loss": loss, "lr": rate, "tokens_per_second": per_second}
         engine.write_monitor([(f"Train/{name}", value, step) for name, value in named.items()])
         numbers = f"loss {loss:.3f}  lr {rate:.2e}  {per_second:,.0f} tokens/s"
-        seconds = rates.seconds / rates.steps
-        self._progress.step(step, state.stage, state.num_hidden_layers, numbers, seconds)
+        left = self._seconds_left(step, state.stage, rates.seconds / rates.steps)
+        self._progress.step(step, state.stage, state.num_hidden_layers, numbers, left)
+
+    def _seconds_left(self, step: int, stage: int, step_seconds: float) -> float:
+        """Time of the steps to come, if each stage's steps cost what their FLOPs say."""
+        recipe, data = self._recipe, self._recipe.data
+        flops = [
+            training_flops(
+                recipe.stage_model(s), 1, data.max_seq_length, data.max_predictions_per_seq
+            )
+            for s in range(len(recipe.stages))
+        ]
+        here = (stage_start(stage + 1, recipe.stages) - step) * flops[stage]
+        later = range(stage + 1, len(flops))
+        to_come = here + sum(recipe.stages[s].steps * flops[s] for s in later)
+        return step_seconds * to_come / flops[stage]
 
     def evaluation(
         self, engine: TrainEngine, state: TrainState, totals: Sequence[float], elapsed: float

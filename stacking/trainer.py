@@ -206,7 +206,8 @@ class Trainer:
             step = self._state.global_step
             is_last = step == end
             saves = step % self.recipe.checkpoint.every_steps == 0
-            is_logged = step % log_every == 0 or is_last or saves
+            evaluates = step % self.recipe.evaluation.every_steps == 0 or is_last
+            is_logged = step % log_every == 0 or evaluates or saves
             # On a GPU the wish to stop is read only where the host waits anyway.
             if device.type == "cpu" or is_logged:
                 is_stopping = bool(stop.item() > 0) and not is_last
@@ -214,10 +215,12 @@ class Trainer:
                 is_stopping = False
             if is_logged or is_stopping:
                 self._log_window(window)
-            if step % self.recipe.evaluation.every_steps == 0 or is_last:
+            if evaluates:
                 self._evaluate()
             if (saves and not is_last) or is_stopping:
                 self._save(f"step_{step:08d}")
+            if evaluates or saves:
+                window.restart()  # neither is training time
             if is_stopping:
                 return False
         return True

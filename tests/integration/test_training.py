@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, deepspeed_command, environment, pretrain, rows
+from launching import ROOT, deepspeed_command, environment, pretrain, rows, script
 
 from stacking.config_loading import load_recipe
 from stacking.schedule import learning_rate
@@ -119,6 +120,21 @@ def test_losses_do_not_depend_on_the_number_of_ranks(
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
 
 
+def test_a_run_continues_on_other_ranks_from_a_named_tag(
+    whole_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "moved"
+    shutil.copytree(whole_run, run_dir)
+    tags = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    for tag in (tags[-1], "stage2_end"):  # one with moments inside a stage, one before a switch
+        done = pretrain(1, *arguments(tiny_data, run_dir), "--resume", tag)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"resuming from {tag}" in done.stdout
+        for ours, theirs in zip(rows(run_dir, "train"), rows(whole_run, "train"), strict=True):
+            assert ours["sample_hash"] == theirs["sample_hash"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
+
+
 @pytest.mark.parametrize("kill_after_rows", [1, 4])
 def test_a_killed_run_continues_with_the_losses_of_the_undisturbed_one(
     whole_run: Path, tiny_data: Path, tmp_path: Path, kill_after_rows: int
@@ -190,3 +206,13 @@ def test_the_default_json_runs_in_bf16_on_a_cpu_and_says_so(
     strict = pretrain(2, *arguments(tiny_data, tmp_path / "strict", config), "--strict-precision")
     assert strict.returncode == 2
     assert "Traceback" not in strict.stdout + strict.stderr
+
+
+def test_a_finished_run_is_reported_and_exported(whole_run: Path, tmp_path: Path) -> None:
+    reported = script("report.py", whole_run)
+    assert reported.returncode == 0, reported.stderr
+    assert (whole_run / "report.html").stat().st_size > 5_000
+    exported = script("export.py", whole_run, "--out", tmp_path / "hf", "--json")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["max_logit_difference"] < 1e-4
+    assert (tmp_path / "hf" / "model.safetensors").exists()

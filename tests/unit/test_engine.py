@@ -1,0 +1,122 @@
+"""What engine.py relies on inside DeepSpeed, and which of DeepSpeed's defects still stand.
+
+A failure here names what a new DeepSpeed release changed: mend or drop that work-around.
+"""
+
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from stacking import engine
+from stacking.config import OptimizerConfig
+from stacking.engine import parameter_groups
+from stacking.errors import ConfigError
+
+deepspeed = engine.deepspeed
+
+
+def source_of(owner: object) -> str:
+    return inspect.getsource(owner)  # type: ignore[arg-type]
+
+
+def test_the_private_names_of_the_tear_down_exist() -> None:
+    assert isinstance(engine.parameter_offload.FWD_MODULE_STACK, list)
+    coordinator = engine.partitioned_param_coordinator.PartitionedParameterCoordinator
+    method = coordinator._PartitionedParameterCoordinator__params_to_release
+    cells = [cell.cell_contents for cell in method.__closure__ or ()]
+    assert any(hasattr(found, "cache_clear") for found in [method, *cells])
+    patcher = source_of(engine.partition_parameters)
+    assert "InsertPostInitMethodToModuleSubClasses.linear_bk" in patcher
+    created = source_of(deepspeed.DeepSpeedEngine)
+    assert "self.module_forward_pre_hook = " in created
+    assert "self.module_forward_post_hook = " in created
+
+
+def test_the_private_names_of_the_flat_state_exist() -> None:
+    modules = sys.modules
+    stage12 = source_of(modules["deepspeed.runtime.zero.stage_1_and_2"])
+    assert "self.single_partition_of_fp32_groups" in stage12
+    assert "self._hp_optimizer_states_linked" in stage12
+    assert "def _lazy_init_hp_params_optimizer_state" in stage12
+    stage3 = source_of(modules["deepspeed.runtime.zero.stage3"])
+    assert "self.fp32_partitioned_groups_flat" in stage3
+    for name in ("get_local_fp32_param", "set_local_hp_param"):
+        assert f"def {name}" in stage3
+
+
+def test_the_shared_memory_op_is_still_built_through_the_hook_that_we_replace() -> None:
+    text = source_of(sys.modules["deepspeed.comm.torch"])
+    assert "def build_shm_op()" in text
+    assert len(re.findall(r"build_shm_op\(\)", text)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("defect", "mended_by"),
+    [
+        ("destroy() leaves the engine's two hooks on the module", "module_forward_pre_hook"),
+        ("destroy() leaves FWD_MODULE_STACK (issue 7204)", "FWD_MODULE_STACK"),
+        ("destroy() leaves the TensorBoard writer open", "monitor"),
+    ],
+)
+def test_a_defect_that_we_work_around_still_stands(defect: str, mended_by: str) -> None:
+    text = source_of(deepspeed.DeepSpeedEngine.destroy)
+    assert mended_by not in text, f"mended in DeepSpeed: {defect}; drop the work-around"
+
+
+def test_moments_of_later_groups_are_still_linked_too_early() -> None:
+    module = sys.modules["deepspeed.runtime.zero.stage_1_and_2"]
+    step = source_of(module.DeepSpeedZeroOptimizer._optimizer_step)
+    assert "_lazy_init_hp_params_optimizer_state" in step, "drop TrainEngine._link_moments"
+
+
+def test_zero3_still_overruns_odd_sizes_in_set_full_hp_param() -> None:
+    module = sys.modules["deepspeed.runtime.zero.stage3"]
+    text = source_of(module.DeepSpeedZeroOptimizer_Stage3.set_full_hp_param)
+    assert "fp32_opt_state_partition.numel() * my_rank" in text, "drop engine._write_full"
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+
+
+def test_matrices_decay_and_biases_and_norms_do_not() -> None:
+    decayed, plain = parameter_groups(model(), OptimizerConfig(weight_decay=0.3))
+    assert decayed["weight_decay"] == 0.3
+    assert plain["weight_decay"] == 0.0
+    assert [p.shape for p in decayed["params"]] == [torch.Size([5, 3])]  # type: ignore[attr-defined]
+    assert len(plain["params"]) == 3  # type: ignore[arg-type]
+
+
+def test_decay_all_is_one_group_as_in_2019() -> None:
+    (group,) = parameter_groups(model(), OptimizerConfig(weight_decay=0.3, decay_all=True))
+    assert len(group["params"]) == 4  # type: ignore[arg-type]
+
+
+def test_frozen_parameters_are_in_no_group_and_no_group_is_empty() -> None:
+    frozen = model()
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad = name == "0.weight"
+    (group,) = parameter_groups(frozen, OptimizerConfig())
+    assert len(group["params"]) == 1  # type: ignore[arg-type]
+
+
+def test_apex_that_is_not_there_is_a_clear_error() -> None:
+    with pytest.raises(ConfigError, match="another project"):
+        engine._layer_norm(True)
+
+
+def test_without_deepspeed_training_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "from stacking import BertConfig, BertForPreTraining, Recipe, Trainer, engine, grow\n"
+        "from stacking.errors import ConfigError\n"
+        "try: engine.start(None)\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install deepspeed" in done.stdout, done.stderr
