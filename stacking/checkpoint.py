@@ -96,10 +96,19 @@ class CheckpointManager:
         self.keep_last = keep_last
 
     def committed(self) -> list[Checkpoint]:
-        """All committed tags, oldest first."""
-        found = [Checkpoint(marker.parent) for marker in self.folder.glob(f"*/{MARKER}")
-                 if not marker.parent.name.startswith(".")]  # fmt: skip
-        return sorted(found, key=lambda c: (c.state.global_step, c.state.stage, c.tag))
+        """All committed tags that can be read, oldest first."""
+        return self._scan()[0]
+
+    def _scan(self) -> tuple[list[Checkpoint], list[str]]:
+        """Committed tags, oldest first, and one line for each whose small files are broken."""
+        found, complaints = [], []
+        for marker in self.folder.glob(f"[!.]*/{MARKER}"):
+            try:
+                found.append(Checkpoint(marker.parent))
+            except CheckpointError as error:
+                complaints.append(str(error))
+        found.sort(key=lambda c: (c.state.global_step, c.state.stage, c.tag))
+        return found, complaints
 
     def latest(self) -> Checkpoint | None:
         """The furthest committed tag, None in a new run."""
@@ -108,8 +117,8 @@ class CheckpointManager:
 
     def latest_good(self) -> tuple[Checkpoint | None, list[str]]:
         """The furthest tag whose files are unchanged, and one line for each that is not."""
-        complaints = []
-        for checkpoint in reversed(self.committed()):
+        found, complaints = self._scan()
+        for checkpoint in reversed(found):
             try:
                 checkpoint.verify()
             except CheckpointError as error:
@@ -134,7 +143,7 @@ class CheckpointManager:
         temporary = self.folder / f".{tag}.{os.getpid()}.tmp"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
+            self._mend_leftovers()
             temporary.mkdir()
             safetensors.torch.save_file(snapshot.weights, temporary / WEIGHTS)
             flat = {f"{key}/{name}": tensor for key, named in snapshot.moments.items()
@@ -162,9 +171,15 @@ class CheckpointManager:
         _sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _remove_leftovers(self) -> None:
+    def _mend_leftovers(self) -> None:
         for path in self.folder.glob(".*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+        for old in self.folder.glob(".*.old"):  # a kill between the two renames of _replace
+            final = self.folder / old.name[1 : -len(".old")]
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(final)
 
     def _retire(self) -> None:
         periodic = [c for c in self.committed() if c.tag.startswith("step_")]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from stacking import distributed
 from stacking.config import BertConfig, OptimizerConfig
@@ -29,6 +30,7 @@ from stacking.snapshot import MOMENTS, Snapshot
 try:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.runtime.zero import (
         parameter_offload,
         partition_parameters,
@@ -59,14 +61,20 @@ def start(log_file: Path | None, timeout_minutes: float = 10.0) -> Accelerator:
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
     deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
     kind = get_accelerator().device_name()
+    get_accelerator().set_device(distributed.local_rank())
     if kind == "cpu":
         distributed.limit_cpu_threads()
     return Accelerator(
         kind="cuda" if kind == "cuda" else "cpu",
         supports_fp16=get_accelerator().is_fp16_supported(),
         supports_bf16=get_accelerator().is_bf16_supported(),
-        fused_adam=kind == "cuda",
+        fused_adam=kind == "cuda" and _has_fused_adam(),
     )
+
+
+def _has_fused_adam() -> bool:
+    """Whether DeepSpeed's FusedAdam kernel is built in, or a CUDA toolkit is here to build it."""
+    return bool(installed_ops.get("fused_adam")) or cpp_extension.CUDA_HOME is not None
 
 
 def current_device() -> torch.device:

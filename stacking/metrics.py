@@ -33,6 +33,11 @@ class MetricsLog:
             self._file.write(json.dumps({"event": event, **clean}).encode() + b"\n")
             self._file.flush()
 
+    def clear(self) -> None:
+        """Forget all rows: those of an attempt that left no checkpoint."""
+        if self._file is not None:
+            self._file.truncate(0)
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

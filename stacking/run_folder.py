@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and whether a command may write into it."""
 
 import difflib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -45,12 +46,17 @@ class RunFolder:
             if resume not in ("auto", "never"):
                 raise CheckpointError(f"--resume {resume}: {self.path} holds no run yet")
             return
-        if resume == "never":
+        if resume == "never" and self._has_begun():
             raise ConfigError(
                 f"--run-dir {self.path}: holds a run already and --resume never was given; runs "
                 "are never overwritten: give another folder, or --resume auto to continue"
             )
-        self._check_same_recipe(recipe)
+        if self._has_begun():
+            self._check_same_recipe(recipe)
+
+    def _has_begun(self) -> bool:
+        """Whether there is anything to continue: a fault before the first save leaves nothing."""
+        return any(self.checkpoints.glob("*/COMMITTED"))
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
         try:
@@ -73,17 +79,28 @@ class RunFolder:
         )
 
     def create(self, recipe: Recipe, data_dir: Path) -> None:
-        """Make the folder with its recipe and tokenizer, once. Main rank only."""
+        """Make and lock the folder, with its recipe and tokenizer. Main rank only."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             self.tokenizer.mkdir(exist_ok=True)
             for name in TOKENIZER_FILES:
                 if (data_dir / name).exists():
                     shutil.copy(data_dir / name, self.tokenizer / name)
-            if not self.recipe.exists():
+            if not self._has_begun():
                 write_text(self.recipe, recipe.model_dump_json(indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--run-dir {self.path}: cannot be written: {error}") from error
+
+    def _lock(self) -> None:
+        """Keep other runs out of this folder for as long as this process lives."""
+        self._lock_file = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--run-dir {self.path}: another process is training there; wait for it or stop it"
+            ) from error
 
     def write_deepspeed(self, stages: list[dict[str, object]]) -> None:
         """The JSON that DeepSpeed got, one object a stage. Main rank only."""

@@ -54,7 +54,8 @@ class RunLog:
         self._progress.say(line)
 
     def run_start(self, unigram_loss: float | None) -> None:
-        """The first row."""
+        """The first row; rows of an attempt that left no checkpoint go."""
+        self._log.clear()
         recipe = self._recipe
         models = [recipe.stage_model(stage) for stage in range(len(recipe.stages))]
         self._log.write("run_start", {

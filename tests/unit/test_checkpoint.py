@@ -117,3 +117,22 @@ def test_fresh_moments_are_saved_as_none(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     manager.save("stage2_begin", Snapshot({"a": torch.ones(2)}), state(4, 1, optimizer_steps=0))
     assert manager.load("stage2_begin").snapshot().moments == {}
+
+
+def test_a_broken_state_file_hides_its_tag_and_nothing_else(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save("step_00000001", snapshot(), state(1))
+    manager.save("step_00000002", snapshot(), state(2))
+    (tmp_path / "step_00000002" / "state.json").write_text("{")
+    good, complaints = manager.latest_good()
+    assert good is not None
+    assert good.tag == "step_00000001"
+    assert len(complaints) == 1
+
+
+def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save("stage1_end", snapshot(), state(1))
+    (tmp_path / "stage1_end").rename(tmp_path / ".stage1_end.old")
+    manager.save("step_00000002", snapshot(), state(2))
+    assert [c.tag for c in manager.committed()] == ["stage1_end", "step_00000002"]

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.+?)```", README, re.S)).replace("\\\n", " ")
-COMMANDS = [line.split() for line in BLOCKS.splitlines()]
+COMMANDS = [line.split() for line in BLOCKS.splitlines() if line.strip()]
 # Which test or CI step runs each command for real.
 RUN_BY = {
     "launch/demo.sh": "tests/integration/test_demo.py",

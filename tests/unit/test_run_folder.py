@@ -1,0 +1,97 @@
+"""A run folder is never overwritten, never shared, and never mixed with another recipe's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stacking.config import BertConfig, Recipe, Stage
+from stacking.errors import CheckpointError, ConfigError
+from stacking.run_folder import RunFolder, recipe_sha256
+
+MODEL = BertConfig(
+    vocab_size=37, hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20
+)
+RECIPE = Recipe(name="a", model=MODEL, stages=(Stage(num_hidden_layers=2, steps=3),))
+
+
+def begun(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create(RECIPE, path)
+    (folder.checkpoints / "stage1_begin").mkdir(parents=True)
+    (folder.checkpoints / "stage1_begin" / "COMMITTED").write_text("{}")
+    return folder
+
+
+def test_the_same_recipe_may_continue(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    RunFolder(tmp_path / "run").check(RECIPE, "auto")
+
+
+def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    with pytest.raises(ConfigError, match='"seed": 5'):
+        RunFolder(tmp_path / "run").check(RECIPE.model_copy(update={"seed": 5}), "auto")
+
+
+def test_names_and_saving_do_not_make_another_recipe() -> None:
+    renamed = RECIPE.model_copy(update={"name": "b", "description": "c"})
+    assert recipe_sha256(renamed) == recipe_sha256(RECIPE)
+
+
+def test_before_the_first_checkpoint_the_recipe_may_still_be_mended(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(RECIPE, tmp_path)
+    mended = RECIPE.model_copy(update={"seed": 5})
+    RunFolder(tmp_path / "run").check(mended, "never")
+    folder.create(mended, tmp_path)
+    assert Recipe.model_validate_json(folder.recipe.read_text()) == mended
+
+
+def test_resume_never_refuses_a_folder_with_a_run(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    with pytest.raises(ConfigError, match="never overwritten"):
+        RunFolder(tmp_path / "run").check(RECIPE, "never")
+
+
+def test_a_tag_in_a_new_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run yet"):
+        RunFolder(tmp_path / "run").check(RECIPE, "stage1_end")
+
+
+def test_a_strangers_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="no run of this trainer"):
+        RunFolder(tmp_path).check(RECIPE, "auto")
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(tmp_path / "run").check(RECIPE, "auto")
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from stacking.config import Recipe\n"
+        "from stacking.run_folder import RunFolder\n"
+        "run = Path(sys.argv[1])\n"
+        "recipe = Recipe.model_validate_json((run / 'recipe.json').read_text())\n"
+        "RunFolder(run).create(recipe, run)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+    )
+    _, complaint = other.communicate(timeout=60)
+    # `begun` dropped its folder object: keep a live one to hold the lock.
+    assert other.returncode == 0, complaint
+    holder = RunFolder(tmp_path / "run")
+    holder.create(RECIPE, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "another process is training there" in done.stderr
