@@ -119,7 +119,8 @@ def interrupted_and_whole(zero_stage: int, precision: str) -> tuple[list[float],
 )
 def test_a_rebuilt_engine_continues_bit_for_bit(zero_stage: int, precision: str) -> None:
     for answer in run_on_ranks(interrupted_and_whole, 2, zero_stage, precision):
-        losses, expected, is_same = answer  # type: ignore[misc]
+        assert isinstance(answer, tuple)
+        losses, expected, is_same = answer
         assert losses == expected
         assert is_same
 

@@ -41,7 +41,9 @@ def whole_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_all_stages_are_trained_to_their_last_step(whole_run: Path) -> None:
     recipe = load_recipe(RECIPE, CHANGES)
-    depth_at = {row["global_step"]: row["num_hidden_layers"] for row in rows(whole_run, "train")}
+    depth_at = {
+        int(str(row["global_step"])): row["num_hidden_layers"] for row in rows(whole_run, "train")
+    }
     end = 0
     for stage in recipe.stages:
         end += stage.steps

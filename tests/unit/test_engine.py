@@ -17,7 +17,10 @@ from stacking.config import OptimizerConfig
 from stacking.engine import parameter_groups
 from stacking.errors import ConfigError
 
-deepspeed = engine.deepspeed
+deepspeed = sys.modules["deepspeed"]
+parameter_offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
+partition_parameters = sys.modules["deepspeed.runtime.zero.partition_parameters"]
+coordinators = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
 
 
 def source_of(owner: object) -> str:
@@ -25,12 +28,12 @@ def source_of(owner: object) -> str:
 
 
 def test_the_private_names_of_the_tear_down_exist() -> None:
-    assert isinstance(engine.parameter_offload.FWD_MODULE_STACK, list)
-    coordinator = engine.partitioned_param_coordinator.PartitionedParameterCoordinator
+    assert isinstance(parameter_offload.FWD_MODULE_STACK, list)
+    coordinator = coordinators.PartitionedParameterCoordinator
     method = coordinator._PartitionedParameterCoordinator__params_to_release
     cells = [cell.cell_contents for cell in method.__closure__ or ()]
     assert any(hasattr(found, "cache_clear") for found in [method, *cells])
-    patcher = source_of(engine.partition_parameters)
+    patcher = source_of(partition_parameters)
     assert "InsertPostInitMethodToModuleSubClasses.linear_bk" in patcher
     created = source_of(deepspeed.DeepSpeedEngine)
     assert "self.module_forward_pre_hook = " in created

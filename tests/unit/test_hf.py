@@ -20,11 +20,11 @@ from transformers import (
 
 from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.config import BertConfig
-from stacking.engine import Snapshot
 from stacking.errors import CheckpointError, ConfigError
 from stacking.hf import load_pretrained, save_pretrained, verify
 from stacking.hf_homes import choose_home, to_home
 from stacking.modeling import BertForPreTraining, init_weights
+from stacking.snapshot import Snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = BertConfig(
