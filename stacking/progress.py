@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from stacking import distributed
 
@@ -19,7 +19,7 @@ class ProgressReporter:
         self._console = Console(file=sys.stdout, highlight=False, quiet=not distributed.is_main())
         self._is_live = self._console.is_terminal and distributed.is_main()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=self._console, transient=True, disable=not self._is_live,
         )  # fmt: skip
