@@ -22,6 +22,7 @@ CHANGES = [
     "stages.0.steps=20", "stages.1.steps=9", "stages.2.steps=7",
 ]  # fmt: skip
 FP32 = ROOT / "deepspeed_configs" / "cpu_fp32.json"
+GOLDEN = ROOT / "tests" / "golden" / "tiny_fp32_two_ranks.json"
 
 
 def arguments(data: Path, run_dir: Path, config: Path = FP32) -> list[object]:
@@ -218,3 +219,10 @@ def test_a_finished_run_is_reported_and_exported(whole_run: Path, tmp_path: Path
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["max_logit_difference"] < 1e-4
     assert (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_the_loss_curve_is_the_golden_one(whole_run: Path) -> None:
+    """fp32, two ranks; a change meant to be neutral must not move it. To renew it: see the file."""
+    golden = json.loads(GOLDEN.read_text())
+    curve = {str(row["global_step"]): row["loss"] for row in rows(whole_run, "train")}
+    assert curve == pytest.approx(golden["loss"], abs=2e-3), json.dumps(curve)
