@@ -50,7 +50,9 @@ def main() -> int:
             strict_precision=arguments.strict_precision,
         )
         outcome = trainer.fit()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # no file of the user's
         if distributed.is_main():
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -58,13 +58,16 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Compare every file with the marker; CheckpointError on a difference."""
-        for name, expected in self._files.items():
-            path = self.folder / name
-            if not path.is_file() or _fingerprint(path) != expected:
-                raise CheckpointError(
-                    f"{path}: missing or changed since it was committed; resume from another tag "
-                    f"(--resume TAG) or delete {self.folder}"
-                )
+        for name in self._files:
+            self._verify(name)
+
+    def _verify(self, name: str) -> None:
+        path = self.folder / name
+        if not path.is_file() or _fingerprint(path) != self._files.get(name):
+            raise CheckpointError(
+                f"{path}: missing or changed since it was committed; take another tag (--resume "
+                f"TAG, export --tag TAG) or delete {self.folder}"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """fp32 weights by parameter name."""
@@ -81,6 +84,7 @@ class Checkpoint:
         return Snapshot(self.weights(), moments, state.optimizer_steps, state.loss_scale)
 
     def _load(self, name: str) -> dict[str, Tensor]:
+        self._verify(name)
         try:
             return safetensors.torch.load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
@@ -129,7 +133,7 @@ class CheckpointManager:
 
     def load(self, tag: str) -> Checkpoint:
         """The named tag, verified."""
-        if not (self.folder / tag / MARKER).is_file():
+        if Path(tag).name != tag or not (self.folder / tag / MARKER).is_file():
             known = ", ".join(c.tag for c in self.committed()) or "none"
             raise CheckpointError(
                 f"no committed checkpoint {tag!r} in {self.folder}; there: {known}"
@@ -137,6 +141,16 @@ class CheckpointManager:
         checkpoint = Checkpoint(self.folder / tag)
         checkpoint.verify()
         return checkpoint
+
+    def rewind(self, tag: str) -> None:
+        """Set aside all tags after `tag`: the run goes on from there. They move to superseded/."""
+        start = self.load(tag).state
+        for later in self.committed():
+            if (later.state.global_step, later.state.stage) > (start.global_step, start.stage):
+                aside = self.folder / "superseded" / later.tag
+                aside.parent.mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                later.folder.rename(aside)
 
     def save(self, tag: str, snapshot: Snapshot, state: TrainState) -> None:
         """Write and commit one tag; one rank only. CheckpointError on a full or read-only disk."""
@@ -155,13 +169,13 @@ class CheckpointManager:
             (temporary / MARKER).write_text(json.dumps({"tag": tag, "files": files}, indent=1))
             _sync(temporary)
             self._replace(temporary, self.folder / tag)
+            self._retire()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {tag!r} could not be written to {self.folder}: {error}; free some "
                 "space or make the folder writable, then run the same command again to continue"
             ) from error
-        self._retire()
 
     def _replace(self, temporary: Path, final: Path) -> None:
         old = self.folder / f".{final.name}.old"

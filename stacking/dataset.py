@@ -209,6 +209,7 @@ def validation_batches(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    model_vocab_size: int | None = None,
 ) -> Iterator[MaskedLMBatch]:
     """Yield this rank's validation batches: rows spread evenly over the split, masks fixed by
     (seed, row), epoch 0.
@@ -217,7 +218,7 @@ def validation_batches(
     masked_lm_ids and labels -100 and sample index -1; they attend to their first position, since a
     softmax over nothing is not a number.
     """
-    batches = _BatchMaker(shards, data, seed, None)
+    batches = _BatchMaker(shards, data, seed, model_vocab_size)
     count = min(max_sequences, shards.num_rows)
     chosen = np.arange(count) * shards.num_rows // count
     per_rank = -(-count // world_size)
@@ -307,12 +308,14 @@ class _BatchMaker:
     def _check_ids(self, input_ids: IntArray, rows: IntArray) -> None:
         """Catch here what would be a device-side assertion in the embedding."""
         limit = self._id_limit
-        if limit is None or not input_ids.size or int(input_ids.max()) < limit:
+        if limit is None or not input_ids.size:
             return
-        bad = int(rows[int(input_ids.max(axis=1).argmax())])
-        path, local = self._reader.place(bad)
+        if int(input_ids.max()) < limit and int(input_ids.min()) >= 0:
+            return
+        row, column = np.argwhere((input_ids >= limit) | (input_ids < 0))[0]
+        path, local = self._reader.place(int(rows[row]))
         raise ShardError(
-            f"{path}: dataset input_ids holds id {int(input_ids.max())} in row {local}; "
+            f"{path}: dataset input_ids holds id {int(input_ids[row, column])} in row {local}; "
             f"the vocabulary has {limit} pieces; these shards were made with another vocabulary"
         )
 

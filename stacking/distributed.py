@@ -2,9 +2,15 @@
 
 import os
 import socket
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import distributed
+
+from stacking.errors import UserError
+
+_Result = TypeVar("_Result")
 
 # What a launcher leaves behind when it has told this process its rank.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -84,6 +90,42 @@ def all_ranks_agree(claim: bool, device: torch.device) -> bool:
     if distributed.is_initialized():
         distributed.all_reduce(holds, op=distributed.ReduceOp.MIN)
     return bool(holds.item())
+
+
+def together(step: Callable[[], _Result]) -> _Result:
+    """Do `step` on every rank; if a user's mistake shows on any, raise it on all of them.
+
+    A fault that only one host sees, such as a missing mount, is named with its rank. Collective.
+    """
+    result, fault = None, ""
+    try:
+        result = step()
+    except UserError as error:
+        fault = str(error)
+    faults: list[str] = [fault] * world_size()
+    if distributed.is_initialized():
+        distributed.all_gather_object(faults, fault)
+    seen = list(dict.fromkeys(text for text in faults if text))
+    if not seen:
+        return cast(_Result, result)
+    if len(seen) == 1 and all(faults):
+        raise UserError(seen[0])
+    raise UserError("\n".join(f"on rank {rank}: {t}" for rank, t in enumerate(faults) if t))
+
+
+def on_main(step: Callable[[], _Result]) -> _Result:
+    """Do `step` on the main rank alone; its result, or its fault, is everybody's. Collective."""
+    found: list[_Result | str | None] = [None, ""]
+    if is_main():
+        try:
+            found[0] = step()
+        except UserError as error:
+            found[1] = str(error)
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(found, src=0)
+    if found[1]:
+        raise UserError(str(found[1]))
+    return cast(_Result, found[0])
 
 
 def shut_down() -> None:

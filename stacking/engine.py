@@ -47,15 +47,15 @@ _FLAT_PARTITIONS = (
 )
 
 
-def start(log_file: Path | None, timeout_minutes: float = 10.0) -> Accelerator:
-    """Join the process group and say what this machine can do; DeepSpeed's chatter goes to a file.
+def start(timeout_minutes: float = 10.0) -> Accelerator:
+    """Join the process group and say what this machine can do.
 
     Raises ConfigError where DeepSpeed is not installed.
     """
     if deepspeed is None:
         raise ConfigError("DeepSpeed is not installed; training needs it: pip install deepspeed")
     distributed.prepare_environment()
-    _route_log(log_file)
+    log_to(None)
     # DeepSpeed compiles a shared-memory op on the CPU that only inference_all_reduce uses: 48 s,
     # and fatal without a compiler. tests/unit/test_engine.py tells when the hook is gone.
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
@@ -358,7 +358,7 @@ def _mix(seed: int, micro_step: int, rank: int) -> int:
     return (seed * 1_000_003 + micro_step * 8_191 + rank) % 2**63
 
 
-def _route_log(log_file: Path | None) -> None:
+def log_to(log_file: Path | None) -> None:
     """Send DeepSpeed's and Python's warnings to the run's log file, on rank 0; else nowhere."""
     handler: logging.Handler = logging.NullHandler()
     if log_file is not None and distributed.is_main():

@@ -44,13 +44,13 @@ class MetricsLog:
             self._file.close()
 
 
-def last_row(path: Path, event: str) -> dict[str, object] | None:
-    """The newest row of one kind, None where there is none."""
+def last_row(path: Path, event: str = "") -> dict[str, object] | None:
+    """The newest row of one kind, or of any; None where there is none."""
     if not path.exists():
         return None
     lines = path.read_bytes().splitlines(keepends=True)
     rows = (json.loads(line) for line in reversed(lines) if line.endswith(b"\n"))
-    return next((row for row in rows if row["event"] == event), None)
+    return next((row for row in rows if event in ("", row["event"])), None)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-from stacking import distributed
 from stacking.config import Recipe
 from stacking.errors import CheckpointError, ConfigError
 
@@ -37,7 +36,8 @@ class RunFolder:
         """Refuse another recipe's folder, a stranger's folder, and overwriting. Reads only."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--run-dir {self.path}: is a file; give a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.recipe.exists():
+        has_files = self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir())
+        if has_files and not self.recipe.exists():
             raise ConfigError(
                 f"--run-dir {self.path}: holds files but no recipe.json, so it is no run of this "
                 "trainer; give an empty or new folder"
@@ -83,14 +83,25 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
+            if self._has_begun():
+                self._check_same_tokenizer(data_dir)
+                return
+            write_text(self.recipe, recipe.model_dump_json(indent=1) + "\n")
             self.tokenizer.mkdir(exist_ok=True)
             for name in TOKENIZER_FILES:
                 if (data_dir / name).exists():
                     shutil.copy(data_dir / name, self.tokenizer / name)
-            if not self._has_begun():
-                write_text(self.recipe, recipe.model_dump_json(indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--run-dir {self.path}: cannot be written: {error}") from error
+
+    def _check_same_tokenizer(self, data_dir: Path) -> None:
+        for name in TOKENIZER_FILES:
+            ours, theirs = self.tokenizer / name, data_dir / name
+            if ours.exists() and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
+                raise ConfigError(
+                    f"--data {data_dir}: its {name} is not the one this run began with; give the "
+                    "run's own data, or another --run-dir"
+                )
 
     def _lock(self) -> None:
         """Keep other runs out of this folder for as long as this process lives."""
@@ -104,8 +115,7 @@ class RunFolder:
 
     def write_deepspeed(self, stages: list[dict[str, object]]) -> None:
         """The JSON that DeepSpeed got, one object a stage. Main rank only."""
-        if distributed.is_main():
-            write_text(self.deepspeed, json.dumps({"stages": stages}, indent=1) + "\n")
+        write_text(self.deepspeed, json.dumps({"stages": stages}, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

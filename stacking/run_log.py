@@ -152,7 +152,8 @@ class RunLog:
             return
         start = metrics.last_row(self._path, "run_start") or {}
         final = metrics.last_row(self._path, "evaluation") or {}
-        if metrics.last_row(self._path, "run_end") is None:
+        newest = metrics.last_row(self._path)
+        if newest is None or newest["event"] != "run_end":
             self._log.write("run_end", {
                 "global_step": state.global_step, "final_val_loss": final.get("val_loss"),
                 "val_mlm_loss": final.get("val_mlm_loss"),

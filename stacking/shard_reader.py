@@ -117,7 +117,8 @@ def check_compatible(shards: ShardSet, config: BertConfig, data: DataConfig) -> 
             "pairs; "
             "prepare them with --pairs nsp, or set model.num_nsp_labels to 0"
         )
-    if _has_labels(shards) and config.num_nsp_labels > 0 and config.type_vocab_size < 2:
+    needs_segments = config.num_nsp_labels > 0 or config.type_vocab_size == 1
+    if _has_labels(shards) and needs_segments and config.type_vocab_size < 2:
         faults.append(
             "sentence pairs have segments 0 and 1, model.type_vocab_size is "
             f"{config.type_vocab_size}; set it to 2"

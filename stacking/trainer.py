@@ -24,7 +24,12 @@ from stacking.dataset import (
     open_shards,
     validation_batches,
 )
-from stacking.deepspeed_config import DeepSpeedConfig, place_monitors, resolve_stages
+from stacking.deepspeed_config import (
+    Accelerator,
+    DeepSpeedConfig,
+    place_monitors,
+    resolve_stages,
+)
 from stacking.engine import TrainEngine
 from stacking.errors import CheckpointError
 from stacking.modeling import BertForPreTraining, init_weights
@@ -59,39 +64,23 @@ class Trainer:
         resume: str = "auto",
         strict_precision: bool = False,
     ) -> None:
-        """Check everything that can be checked before a process group exists."""
+        """Only take notes: everything is checked in fit(), where all ranks hear of a fault."""
         self.recipe = recipe
         self.folder = RunFolder(run_dir)
         self._deepspeed_config = deepspeed_config
         self._data_dir = data_dir
         self._resume = resume
         self._strict_precision = strict_precision
-        self.folder.check(recipe, resume)
-        self._training = open_shards(data_dir, "training")
-        self._validation = open_shards(data_dir, "validation")
-        for shards in (self._training, self._validation):
-            check_compatible(shards, recipe.model, recipe.data)
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
 
     def fit(self) -> Outcome:
         """Train to the end, or to the first signal. Collective."""
-        if distributed.is_main():
-            self.folder.create(self.recipe, self._data_dir)
         try:
-            self._accelerator = engine.start(self.folder.log if self.folder.path.exists() else None)
-            distributed.barrier()
-            self._resolved = [
-                place_monitors(resolved, self.folder.path)
-                for resolved in resolve_stages(
-                    self._deepspeed_config,
-                    self.recipe,
-                    world_size=distributed.world_size(),
-                    accelerator=self._accelerator,
-                    strict_precision=self._strict_precision,
-                )
-            ]
-            self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
+            accelerator = engine.start()
+            distributed.together(lambda: self._prepare(accelerator))
+            distributed.on_main(self._enter_folder)
+            engine.log_to(self.folder.log)
             stages = len(self.recipe.stages)
             with (
                 ProgressReporter(self.recipe.total_steps, stages) as progress,
@@ -108,15 +97,41 @@ class Trainer:
         finally:
             distributed.shut_down()
 
+    def _prepare(self, accelerator: Accelerator) -> None:
+        """Check data and engine settings; reads only."""
+        self._training = open_shards(self._data_dir, "training")
+        self._validation = open_shards(self._data_dir, "validation")
+        for shards in (self._training, self._validation):
+            check_compatible(shards, self.recipe.model, self.recipe.data)
+        resolved = resolve_stages(
+            self._deepspeed_config,
+            self.recipe,
+            world_size=distributed.world_size(),
+            accelerator=accelerator,
+            strict_precision=self._strict_precision,
+        )
+        self._resolved = [place_monitors(stage, self.folder.path) for stage in resolved]
+
+    def _enter_folder(self) -> None:
+        """Check, make and lock the run folder; the main rank's alone, or ranks would race."""
+        self.folder.check(self.recipe, self._resume)
+        self.folder.create(self.recipe, self._data_dir)
+        self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
+
     def _run(self) -> Outcome:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
             self._log.say(notice)
-        checkpoint = self._find_checkpoint()
+        tag = distributed.on_main(self._choose_tag)
+        checkpoint = None if tag is None else distributed.together(lambda: self._manager.load(tag))
         self._session_began = time.perf_counter()
         if checkpoint is None:
             self._begin()
-        elif self._continue(checkpoint):
+        elif checkpoint.state.global_step >= self.recipe.total_steps:
+            self._state = checkpoint.state
+            self._log.run_end(self._state)
             return Outcome.DONE
+        else:
+            self._continue(checkpoint)
         last_stage = len(self.recipe.stages) - 1
         while self._train_stage():
             if self._state.stage == last_stage:
@@ -130,13 +145,15 @@ class Trainer:
 
     # -- beginning and resuming ----------------------------------------------------------------
 
-    def _find_checkpoint(self) -> Checkpoint | None:
+    def _choose_tag(self) -> str | None:
+        """The tag to continue from; the main rank's choice is everybody's."""
         if self._resume not in ("auto", "never"):
-            return self._manager.load(self._resume)
+            self._manager.rewind(self._resume)
+            return self._resume
         checkpoint, complaints = self._manager.latest_good()
         for complaint in complaints:
             self._log.say(f"skipping a checkpoint: {complaint}")
-        return checkpoint
+        return None if checkpoint is None else checkpoint.tag
 
     def _begin(self) -> None:
         recipe = self.recipe
@@ -154,22 +171,14 @@ class Trainer:
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         self._build(Snapshot(weights))
 
-    def _continue(self, checkpoint: Checkpoint) -> bool:
-        """Take a run up again; True if there is nothing left to do."""
+    def _continue(self, checkpoint: Checkpoint) -> None:
+        """Take a run up again."""
         self._state = checkpoint.state
-        if self._state.recipe_sha256 != recipe_sha256(self.recipe):
-            raise CheckpointError(
-                f"{checkpoint.folder}: was made by another recipe than {self.folder.recipe}"
-            )
-        if self._state.global_step >= self.recipe.total_steps:
-            self._log.run_end(self._state)
-            return True
         self._log.resume(self._state, checkpoint.tag)
         if self._state.global_step == stage_start(self._state.stage + 1, self.recipe.stages):
             self._switch(lambda report: checkpoint.snapshot())
         else:
             self._build(checkpoint.snapshot())
-        return False
 
     def _build(self, snapshot: Snapshot) -> TrainEngine:
         """Make the engine and the loader of the current stage."""
@@ -275,6 +284,7 @@ class Trainer:
             seed=self.recipe.seed,
             max_sequences=evaluation.max_sequences,
             batch_size=batch_size or evaluation.batch_size,
+            model_vocab_size=self.recipe.model.vocab_size,
             rank=rank,
             world_size=world_size,
         )
@@ -325,10 +335,10 @@ class Trainer:
             return self._build(snapshot)
 
         _, report = switch_stage(self.recipe, to_stage, take, build, (probe, device))
-        with report.timed("save"):
-            self._save(f"stage{to_stage + 1}_begin")
         report.seconds = time.perf_counter() - began
+        # Before the tag: a kill between the two repeats the row, the other order would lose it.
         self._log.stage_switch(self._state, report)
+        self._save(f"stage{to_stage + 1}_begin")
 
     # -- accounts ------------------------------------------------------------------------------
 

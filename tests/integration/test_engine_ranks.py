@@ -91,7 +91,7 @@ def build(zero_stage: int, precision: str, snapshot: Snapshot, config: BertConfi
 
 def interrupted_and_whole(zero_stage: int, precision: str) -> tuple[list[float], list[float], bool]:
     """Losses of 3 + 3 steps with a rebuild between, of 6 steps at once, and equality of state."""
-    engine.start(None)
+    engine.start()
     first = build(zero_stage, precision, Snapshot(fresh_weights()), CONFIG)
     losses = train(first, range(3))
     middle = first.snapshot()
@@ -127,7 +127,7 @@ def test_a_rebuilt_engine_continues_bit_for_bit(zero_stage: int, precision: str)
 
 def masters_after_a_build(zero_stage: int) -> float:
     """Largest difference between weights given to a bf16 engine and those it gives back."""
-    engine.start(None)
+    engine.start()
     weights = fresh_weights()
     built = build(zero_stage, "bf16", Snapshot(weights), CONFIG)
     back = built.snapshot().weights
@@ -143,7 +143,7 @@ def test_fp32_masters_survive_a_bf16_engine_unrounded(zero_stage: int) -> None:
 
 def switch_many_times(zero_stage: int, switches: int) -> dict[str, object]:
     """Grow 1 -> 2 layers again and again; resident memory after each, and what is still alive."""
-    engine.start(None)
+    engine.start()
     small = CONFIG.model_copy(update={"num_hidden_layers": 1})
     weights, resident, alive = fresh_weights(small), [], 0
     for step in range(switches):

@@ -136,3 +136,19 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Pat
     (tmp_path / "stage1_end").rename(tmp_path / ".stage1_end.old")
     manager.save("step_00000002", snapshot(), state(2))
     assert [c.tag for c in manager.committed()] == ["stage1_end", "step_00000002"]
+
+
+def test_rewinding_sets_later_tags_aside_and_deletes_none(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2):
+        manager.save(f"step_{step:08d}", snapshot(), state(step))
+    manager.save("stage1_end", snapshot(), state(3))
+    manager.rewind("step_00000001")
+    assert [c.tag for c in manager.committed()] == ["step_00000001"]
+    assert (tmp_path / "superseded" / "stage1_end" / MARKER).exists()
+
+
+def test_a_tag_is_a_name_and_no_path(tmp_path: Path) -> None:
+    CheckpointManager(tmp_path / "a").save("stage1_end", snapshot(), state(1))
+    with pytest.raises(CheckpointError, match="no committed checkpoint"):
+        CheckpointManager(tmp_path / "b").load("../a/stage1_end")

@@ -118,7 +118,7 @@ def test_without_deepspeed_training_says_what_to_install() -> None:
         "import sys; sys.modules['deepspeed'] = None\n"
         "from stacking import BertConfig, BertForPreTraining, Recipe, Trainer, engine, grow\n"
         "from stacking.errors import ConfigError\n"
-        "try: engine.start(None)\n"
+        "try: engine.start()\n"
         "except ConfigError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -95,3 +95,16 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "another process is training there" in done.stderr
+
+
+def test_data_of_another_tokenizer_is_refused_and_the_runs_own_is_kept(tmp_path: Path) -> None:
+    for name, words in (("first", "a\nb\n"), ("second", "a\nc\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text(words)
+    RunFolder(tmp_path / "run").create(RECIPE, tmp_path / "first")
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "stage1_begin").mkdir(parents=True)
+    (folder.checkpoints / "stage1_begin" / "COMMITTED").write_text("{}")
+    with pytest.raises(ConfigError, match=r"vocab\.txt is not the one"):
+        RunFolder(tmp_path / "run").create(RECIPE, tmp_path / "second")
+    assert (folder.tokenizer / "vocab.txt").read_text() == "a\nb\n"
