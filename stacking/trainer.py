@@ -73,6 +73,7 @@ class Trainer:
         self._strict_precision = strict_precision
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
+        self._loader: PretrainingLoader | None = None
 
     def fit(self) -> Outcome:
         """Train to the end, or to the first signal. Collective."""
@@ -93,8 +94,14 @@ class Trainer:
                     device=engine.current_device(),
                     precision=self._resolved[0].precision,
                 )
-                return self._run()
+                outcome = self._run()
+                if self._engine is not None:
+                    self._engine.destroy()
+                return outcome
         finally:
+            # Also after a fault: a thread that still reads while Python ends aborts the process.
+            if self._loader is not None:
+                self._loader.close()
             distributed.shut_down()
 
     def _prepare(self, accelerator: Accelerator) -> None:
@@ -237,6 +244,7 @@ class Trainer:
     def _train_step(self, window: metrics.Window, device: torch.device) -> torch.Tensor:
         """One optimizer step; returns how many ranks want to stop, on the device."""
         assert self._engine is not None
+        assert self._loader is not None
         step = self._state.global_step
         began = time.perf_counter()
         digest = self._loader.sample_hash(step)
@@ -314,6 +322,7 @@ class Trainer:
     def _leave_stage(self, report: SwitchReport) -> Snapshot:
         """Save the stage's end and tear its engine down."""
         assert self._engine is not None
+        assert self._loader is not None
         with report.timed("save"):
             snapshot = self._save(f"stage{self._state.stage + 1}_end")
         with report.timed("tear_down"):
