@@ -28,17 +28,29 @@ __all__ = [
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+# Sanity bounds: beyond them a number is a typing error, and building would end in no memory.
+LARGEST_SIZE = 2**24  # word pieces, positions, inner width, sequences in a batch
+LARGEST_WIDTH = 2**17
+MOST_LAYERS = 4096
+
+
 class BertConfig(Frozen):
     """Size and form of one BERT; names as in Google BERT and Hugging Face where they have one."""
 
-    vocab_size: int = Field(gt=0, description="Number of word pieces, including special ones.")
-    hidden_size: int = Field(default=768, gt=0, description="Width H of the residual stream.")
-    num_hidden_layers: int = Field(default=12, gt=0, description="Number L of encoder layers.")
+    vocab_size: int = Field(
+        gt=0, le=LARGEST_SIZE, description="Number of word pieces, including special ones."
+    )
+    hidden_size: int = Field(
+        default=768, gt=0, le=LARGEST_WIDTH, description="Width H of the residual stream."
+    )
+    num_hidden_layers: int = Field(
+        default=12, gt=0, le=MOST_LAYERS, description="Number L of encoder layers."
+    )
     num_attention_heads: int = Field(
         default=12, gt=0, description="Number N of heads; divides hidden_size."
     )
     intermediate_size: int = Field(
-        default=3072, gt=0, description="Inner width F of the feed-forward block."
+        default=3072, gt=0, le=LARGEST_SIZE, description="Inner width F of the feed-forward block."
     )
     hidden_act: Literal["gelu", "gelu_new", "relu"] = Field(
         default="gelu", description="Activation of the feed-forward block and of the MLM head."
@@ -50,7 +62,7 @@ class BertConfig(Frozen):
         default=0.1, description="Dropout on attention probabilities."
     )
     max_position_embeddings: int = Field(
-        default=512, gt=0, description="Longest sequence in tokens."
+        default=512, gt=0, le=LARGEST_SIZE, description="Longest sequence in tokens."
     )
     type_vocab_size: int = Field(
         default=2, ge=0, description="Number of segment kinds; 0: no segment embedding."
@@ -183,6 +195,7 @@ class Recipe(Frozen):
     global_batch_size: int = Field(
         default=256,
         gt=0,
+        le=LARGEST_SIZE,
         description="Sequences per optimizer step, over all ranks and accumulation.",
     )
     optimizer: OptimizerConfig = Field(

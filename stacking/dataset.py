@@ -256,7 +256,9 @@ class _BatchMaker:
         rows = np.concatenate([rows, np.zeros(num_filler, np.int64)])
         epochs = np.concatenate([epochs, np.zeros(num_filler, np.int64)])
         fields = self._reader.read(rows)
-        self._check_ids(fields["input_ids"], rows)
+        self._check_ids("input_ids", fields["input_ids"], rows)
+        if "masked_lm_ids" in fields:
+            self._check_ids("masked_lm_ids", fields["masked_lm_ids"], rows)
         mask = fields.get("input_mask")
         attention = fields["input_ids"] != self._pad_id if mask is None else mask != 0
         fields["input_ids"], positions, ids = self._masks(fields, rows, epochs)
@@ -305,17 +307,15 @@ class _BatchMaker:
             ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=IGNORED)
         return input_ids, positions, ids
 
-    def _check_ids(self, input_ids: IntArray, rows: IntArray) -> None:
+    def _check_ids(self, name: str, ids: IntArray, rows: IntArray) -> None:
         """Catch here what would be a device-side assertion in the embedding."""
         limit = self._id_limit
-        if limit is None or not input_ids.size:
+        if limit is None or not ids.size or (int(ids.max()) < limit and int(ids.min()) >= 0):
             return
-        if int(input_ids.max()) < limit and int(input_ids.min()) >= 0:
-            return
-        row, column = np.argwhere((input_ids >= limit) | (input_ids < 0))[0]
+        row, column = np.argwhere((ids >= limit) | (ids < 0))[0]
         path, local = self._reader.place(int(rows[row]))
         raise ShardError(
-            f"{path}: dataset input_ids holds id {int(input_ids[row, column])} in row {local}; "
+            f"{path}: dataset {name} holds id {int(ids[row, column])} in row {local}; "
             f"the vocabulary has {limit} pieces; these shards were made with another vocabulary"
         )
 

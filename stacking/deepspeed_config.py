@@ -5,6 +5,7 @@ Layer 1: pure functions, DeepSpeed is never imported.
 
 import copy
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -146,8 +147,14 @@ def resolve_stages(
 
 
 def place_monitors(resolved: ResolvedEngine, run_dir: Path) -> ResolvedEngine:
-    """Send monitors without an output_path to RUN_DIR/<name>; DeepSpeed's default is the home."""
+    """Send monitors without an output_path to RUN_DIR/<name>; DeepSpeed's default is the home.
+
+    Raises ConfigError for a monitor whose package is not installed.
+    """
     document = dict(resolved.deepspeed)
+    wandb = document.get("wandb")
+    if isinstance(wandb, dict) and wandb.get("enabled") and find_spec("wandb") is None:
+        raise ConfigError("wandb.enabled: the package is not installed; pip install wandb")
     for name in ("tensorboard", "csv_monitor"):
         block = document.get(name)
         if isinstance(block, dict) and block.get("enabled"):

@@ -111,6 +111,13 @@ def check_compatible(shards: ShardSet, config: BertConfig, data: DataConfig) -> 
             f"[PAD] is {manifest.special_token_ids['pad']} in the shards, model.pad_token_id "
             f"is {config.pad_token_id}"
         )
+    if manifest is not None:
+        faults += [
+            f"the manifest's [{name.upper()}] is {number}, outside its vocabulary of "
+            f"{manifest.vocab_size} pieces"
+            for name, number in manifest.special_token_ids.items()
+            if not 0 <= number < manifest.vocab_size
+        ]
     if config.num_nsp_labels > 0 and not _has_labels(shards):
         faults.append(
             f"model.num_nsp_labels is {config.num_nsp_labels}, but the shards hold no sentence "

@@ -31,7 +31,7 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
-from stacking.errors import CheckpointError
+from stacking.errors import CheckpointError, ShardError
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
 from stacking.run_folder import RunFolder, recipe_sha256
@@ -362,4 +362,10 @@ class Trainer:
         counts = load_token_counts(self._data_dir)
         if counts is None or not distributed.is_main():
             return None
+        manifest = self._training.manifest
+        if manifest is not None and len(counts) != manifest.vocab_size:
+            raise ShardError(
+                f"{self._data_dir}/token_counts.npy: counts {len(counts)} pieces, the manifest's "
+                f"vocabulary has {manifest.vocab_size}; prepare the data again, or delete the file"
+            )
         return metrics.unigram_loss(self._validation_batches(0, 1), counts)

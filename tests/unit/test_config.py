@@ -323,3 +323,11 @@ def test_a_recipe_cannot_be_changed() -> None:
     recipe = Recipe.model_validate(GOOD)
     with pytest.raises(ValidationError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_an_absurd_size_is_a_typing_error(field: str) -> None:
+    document = json.loads(json.dumps(GOOD))
+    document["model"][field] = 3_000_000_000_000
+    with pytest.raises(ValidationError, match="less than or equal"):
+        Recipe.model_validate(document)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stacking.config import Recipe
+from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import (
     Accelerator,
     ResolvedEngine,
@@ -285,3 +286,17 @@ def test_monitors_write_into_the_run_folder_unless_told_otherwise(tmp_path: Path
 def test_rows_are_logged_as_often_as_deepspeed_prints(tmp_path: Path) -> None:
     assert resolved(tmp_path, {**GOOD, "steps_per_print": 7}).log_every == 7
     assert resolved(tmp_path, GOOD).log_every == 10
+
+
+def test_a_monitor_without_its_package_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "launch" / "recipes" / "tiny_test.json")
+    path = tmp_path / "wandb.json"
+    path.write_text('{"wandb": {"enabled": true}, "bf16": {"enabled": true}, '
+                    '"zero_optimization": {"stage": 1}}')  # fmt: skip
+    (resolved, *_) = resolve_stages(
+        load_deepspeed_config(path), recipe, world_size=1,
+        accelerator=Accelerator("cpu", supports_fp16=False, supports_bf16=True, fused_adam=False),
+        strict_precision=False,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        place_monitors(resolved, tmp_path)
