@@ -1,53 +1,62 @@
-"""Tokenised documents in, training sequences out: packed full sentences, or BERT's sentence pairs.
+"""Tokenised documents in, training rows out: packed full sentences, or sentence pairs.
 
-A document here is a list of sentences, a sentence a non-empty list of ids without special tokens.
-S: tokens in a sequence.
+A row is [CLS] span [SEP] span [SEP] ...; a span is a stretch of the block's flat token ids, so rows
+are planned on offsets alone and their tokens are gathered once, at the end.
+S: tokens in a row, T: tokens of the block, Q: its sentences, N: rows.
 """
 
 import random
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.errors import DataError
+from data_prep.tokens import TokenBlock
 
-TokenSentence = list[int]
-TokenDocument = list[TokenSentence]
+IntArray = npt.NDArray[np.int64]
+Span = tuple[int, int]
+"""First token and the one behind the last, offsets into the block's ids."""
+Pair = tuple[Span, Span, bool]
+"""A, B, and whether their order is broken: B is random, or A and B are swapped."""
+Pairs = Literal["none", "nsp", "lines", "sop"]
 
-SHORT_SEQ_PROB = (
-    0.1  # Devlin et al. 2019, section A.2: shorter sequences lessen the gap to fine-tuning
-)
-RANDOM_NEXT_PROB = 0.5  # Devlin et al. 2019, section 3.1
+# Devlin et al. 2019, section A.2: shorter sequences lessen the gap to fine-tuning.
+SHORT_SEQ_PROB = 0.1
+RANDOM_NEXT_PROB = 0.5  # Devlin et al. 2019, section 3.1; Lan et al. 2020 swap as often
 # A sentence is cut at the row's end only where keeping it whole would leave more than S / 16 of the
 # row empty.
 MAX_GAP_DIVISOR = 16
 
 
-@dataclass(frozen=True)
-class PretrainInstance:
-    """One sequence of at most S tokens with its special tokens; no masks."""
-
-    token_ids: list[int]
-    segment_ids: list[int]
-    is_random_next: bool | None = None
-    """Whether B comes from another document; None: there are no pairs."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class InstanceBuilder:
-    """What both kinds of sequence need to know about the vocabulary and the length."""
+class RowBuilder:
+    """What every kind of row needs to know."""
 
     max_seq_length: int
     cls_id: int
     sep_id: int
-    is_continuation: Sequence[bool]
+    pad_id: int
+    dtype: np.dtype[np.void]
+    """`row_type`."""
+    is_continuation: npt.NDArray[np.bool_]
     """[V], true for "##" pieces: sentences are cut before whole words."""
+    short_seq_prob: float = SHORT_SEQ_PROB
 
-    def pack(self, documents: Sequence[TokenDocument]) -> list[PretrainInstance]:
-        """Fill rows with full sentences; "--pairs none".
+    def rows(self, block: TokenBlock, pairs: Pairs, generator: random.Random) -> "Rows":
+        """Return the rows of a block, [N] of `dtype`; `generator` draws pairs and lengths."""
+        if pairs == "none":
+            return self._fill(block, self.pack(block), None)
+        planned = {"nsp": self.pair_nsp, "lines": self.pair_lines, "sop": self.pair_sop}[pairs](
+            block, generator
+        )
+        spans = [[first, second] for first, second, _ in planned]
+        return self._fill(block, spans, [is_broken for _, _, is_broken in planned])
+
+    def pack(self, block: TokenBlock) -> list[list[Span]]:
+        """Fill rows with full sentences; pairs "none".
 
         A document fills rows of its own, [CLS] sentences [SEP], with RoBERTa's full sentences; a
         sentence is cut (before a whole word) only where keeping it whole would waste over S/16 of
@@ -55,113 +64,150 @@ class InstanceBuilder:
         document, and short documents, share rows: [CLS] a [SEP] b [SEP], packed best fit, longest
         first. All segment ids are 0, and attention is not blocked between texts that share a row.
         """
-        rows: list[PretrainInstance] = []
-        tails: list[TokenSentence] = []
+        ends = block.sentence_ends.tolist()
+        # A byte a token, 0 where a word begins: bytes.rfind looks for the last one at C speed.
+        continues = self.is_continuation[block.ids].tobytes()
+        rows: list[list[Span]] = []
+        tails: list[Span] = []
         room = self.max_seq_length - 2
-        for document in documents:
-            *full, last = self._cut(document, room)
-            rows += [self._single([piece]) for piece in full]
-            is_full = room - len(last) <= self.max_seq_length // MAX_GAP_DIVISOR
-            if is_full:
-                rows.append(self._single([last]))
+        start = 0
+        for stop in block.sentence_ends[block.document_ends - 1].tolist():
+            while stop - start > room:
+                cut = self._cut(start, start + room, ends, continues)
+                rows.append([(start, cut)])
+                start = cut
+            if room - (stop - start) <= self.max_seq_length // MAX_GAP_DIVISOR:
+                rows.append([(start, stop)])
             else:
-                tails.append(last)
-        return rows + [self._single(texts) for texts in _best_fit(tails, self.max_seq_length - 1)]
+                tails.append((start, stop))
+            start = stop
+        return rows + _best_fit(tails, self.max_seq_length - 1)
 
-    def pair(
-        self, documents: Sequence[TokenDocument], generator: random.Random
-    ) -> list[PretrainInstance]:
-        """Make BERT's sentence pairs [CLS] a [SEP] b [SEP]; "--pairs nsp" (Devlin et al. 2019,
-        section A.2).
+    def pair_nsp(self, block: TokenBlock, generator: random.Random) -> list[Pair]:
+        """Make BERT's sentence pairs (Devlin et al. 2019, section A.2).
 
         Google's algorithm: sentences of one document are gathered up to a target length, cut in A
         and B at a random sentence; half of the time (always, where there is one sentence) B is a
         stretch of another document and the unused sentences are given back. The longer side is
-        trimmed at a random end, so tokens are lost here, and rows are padded.
+        trimmed at a random end, so tokens are lost here, and rows are padded. A block of one
+        document takes its random B from that document.
         """
-        if len(documents) < 2:
-            raise DataError(
-                "sentence pairs need at least two documents: a random next sentence comes "
-                "from another one"
-            )
-        return [
-            instance
-            for index in range(len(documents))
-            for instance in self._pairs_of(documents, index, generator)
-        ]
-
-    def _cut(self, document: TokenDocument, room: int) -> list[TokenSentence]:
-        """Cut one document in pieces of at most `room` tokens; only the last may leave more than
-        the largest gap.
-        """
-        pieces: list[TokenSentence] = []
-        current: TokenSentence = []
-        max_gap = self.max_seq_length // MAX_GAP_DIVISOR
-        for sentence in document:
-            rest = sentence
-            while len(current) + len(rest) > room:
-                free = room - len(current)
-                cut = self._word_start(rest, free) if free > max_gap else 0
-                if cut == 0 and not current:
-                    cut = room  # one word longer than the row
-                pieces.append(current + rest[:cut])
-                current, rest = [], rest[cut:]
-            current = current + rest
-        return [*pieces, current]
-
-    def _word_start(self, sentence: TokenSentence, limit: int) -> int:
-        """Return the largest offset <= limit at which a word begins."""
-        cut = limit
-        while cut > 0 and self.is_continuation[sentence[cut]]:
-            cut -= 1
-        return cut
-
-    def _single(self, texts: Sequence[TokenSentence]) -> PretrainInstance:
-        tokens = [self.cls_id]
-        for text in texts:
-            tokens += [*text, self.sep_id]
-        return PretrainInstance(tokens, [0] * len(tokens))
-
-    def _pairs_of(
-        self, documents: Sequence[TokenDocument], index: int, generator: random.Random
-    ) -> Iterator[PretrainInstance]:
-        """Yield the pairs whose A comes from document `index`."""
-        document = documents[index]
+        sentences = _Sentences(block)
         room = self.max_seq_length - 3
-        target = self._target(room, generator)
-        chunk: list[TokenSentence] = []
-        position = 0
-        while position < len(document):
-            chunk.append(document[position])
-            position += 1
-            if position < len(document) and sum(map(len, chunk)) < target:
-                continue
-            a_end = generator.randint(1, len(chunk) - 1) if len(chunk) > 1 else 1
-            first = _flat(chunk[:a_end])
-            is_random = len(chunk) == 1 or generator.random() < RANDOM_NEXT_PROB
-            if is_random:
-                second = _random_next(documents, index, target - len(first), generator)
-                position -= len(chunk) - a_end
-            else:
-                second = _flat(chunk[a_end:])
-            yield self._pair(*_trim(first, second, room, generator), is_random)
-            chunk = []
-            target = self._target(room, generator)
+        pairs: list[Pair] = []
+        for index in range(sentences.num_documents):
+            position, stop = sentences.of_document(index)
+            while position < stop:
+                target = self._target(room, generator)
+                last = sentences.gather(position, stop, target)
+                size = last + 1 - position
+                middle = position + 1 + (int(generator.random() * (size - 1)) if size > 1 else 0)
+                first = sentences.span(position, middle)
+                is_random = size == 1 or generator.random() < RANDOM_NEXT_PROB
+                if is_random:
+                    second = sentences.elsewhere(index, target - (first[1] - first[0]), generator)
+                    position = middle
+                else:
+                    second = sentences.span(middle, last + 1)
+                    position = last + 1
+                pairs.append((*_trim(first, second, room, generator), is_random))
+        return pairs
+
+    def pair_lines(self, block: TokenBlock, generator: random.Random) -> list[Pair]:
+        """Make StackingBERT's pairs (its bert_dataset.py): every sentence with the next one or,
+        half of the time and at a document's end, with a random one of the block.
+        """
+        sentences = _Sentences(block)
+        room = self.max_seq_length - 3
+        pairs: list[Pair] = []
+        for index in range(sentences.num_documents):
+            begin, stop = sentences.of_document(index)
+            for line in range(begin, stop):
+                is_random = line + 1 == stop or generator.random() < RANDOM_NEXT_PROB
+                other = int(generator.random() * sentences.num_sentences) if is_random else line + 1
+                # Drawn at random, the true next line is not a broken order.
+                is_broken = other != line + 1 or line + 1 == stop
+                first, second = sentences.span(line, line + 1), sentences.span(other, other + 1)
+                pairs.append((*_trim(first, second, room, generator), is_broken))
+        return pairs
+
+    def pair_sop(self, block: TokenBlock, generator: random.Random) -> list[Pair]:
+        """Make ALBERT's pairs (Lan et al. 2020, section 3.1): A and B follow each other in one
+        document, half of the time swapped. One sentence alone is cut in its middle.
+        """
+        sentences = _Sentences(block)
+        room = self.max_seq_length - 3
+        pairs: list[Pair] = []
+        for index in range(sentences.num_documents):
+            position, stop = sentences.of_document(index)
+            while position < stop:
+                last = sentences.gather(position, stop, self._target(room, generator))
+                start, end = sentences.span(position, last + 1)
+                size = last + 1 - position
+                if size > 1:
+                    middle = sentences.span(
+                        position, position + 1 + int(generator.random() * (size - 1))
+                    )[1]
+                else:
+                    middle = (start + end) // 2
+                position = last + 1
+                if middle == start:
+                    continue  # one token cannot be two texts
+                first, second = _trim((start, middle), (middle, end), room, generator)
+                if generator.random() < RANDOM_NEXT_PROB:
+                    pairs.append((second, first, True))
+                else:
+                    pairs.append((first, second, False))
+        return pairs
+
+    def _cut(self, start: int, limit: int, ends: Sequence[int], continues: bytes) -> int:
+        """Return where a row that starts at `start` ends, at most at `limit`."""
+        at = bisect_right(ends, limit)
+        whole = max(ends[at - 1], start) if at else start
+        if limit - whole <= self.max_seq_length // MAX_GAP_DIVISOR:
+            return whole
+        word = continues.rfind(b"\0", whole + 1, limit + 1)
+        if word > whole:
+            return word
+        return whole if whole > start else limit  # one word longer than the row
 
     def _target(self, room: int, generator: random.Random) -> int:
-        return generator.randint(2, room) if generator.random() < SHORT_SEQ_PROB else room
+        is_short = generator.random() < self.short_seq_prob
+        return 2 + int(generator.random() * (room - 1)) if is_short else room
 
-    def _pair(
-        self, first: TokenSentence, second: TokenSentence, is_random: bool
-    ) -> PretrainInstance:
-        tokens = [self.cls_id, *first, self.sep_id, *second, self.sep_id]
-        segments = [0] * (len(first) + 2) + [1] * (len(second) + 1)
-        return PretrainInstance(tokens, segments, is_random)
+    def _fill(
+        self, block: TokenBlock, rows: Sequence[Sequence[Span]], labels: Sequence[bool] | None
+    ) -> "Rows":
+        """Gather the planned rows' tokens."""
+        made = np.zeros(len(rows), self.dtype)
+        if not len(rows):
+            return made
+        counts = np.array([len(spans) for spans in rows], np.int64)
+        spans = np.array([span for spans in rows for span in spans], np.int64)
+        lengths = spans[:, 1] - spans[:, 0]
+        first_of_row = np.cumsum(counts) - counts
+        before = np.cumsum(lengths + 1) - (lengths + 1)  # tokens and [SEP]s in front, all rows
+        columns = before - np.repeat(before[first_of_row], counts) + 1  # behind [CLS]
+        places = np.repeat(np.arange(len(rows)), counts) * self.max_seq_length + columns
+        ids = np.full(len(rows) * self.max_seq_length, self.pad_id, self.dtype["input_ids"].base)
+        ids[:: self.max_seq_length] = self.cls_id
+        ids[places + lengths] = self.sep_id
+        ids[_ranges(places, lengths)] = block.ids[_ranges(spans[:, 0], lengths)]
+        made["input_ids"] = ids.reshape(len(rows), self.max_seq_length)
+        if labels is not None:
+            a, b = lengths[::2, None], lengths[1::2, None]
+            column = np.arange(self.max_seq_length)[None, :]
+            made["segment_ids"] = (column >= a + 2) & (column < a + b + 3)
+            made["next_sentence_labels"] = labels
+        return made
+
+
+Rows = npt.NDArray[np.void]
 
 
 def row_type(max_seq_length: int, vocab_size: int, has_pairs: bool) -> np.dtype[np.void]:
     """Return the record of one row: input_ids [S], segment_ids [S] and, with pairs,
-    next_sentence_labels.
+    next_sentence_labels (1: the order is broken, NVIDIA's polarity).
     """
     ids = "<u2" if vocab_size <= 65_535 else "<u4"
     fields: list[tuple[str, str, tuple[int, ...]]] = [
@@ -173,29 +219,47 @@ def row_type(max_seq_length: int, vocab_size: int, has_pairs: bool) -> np.dtype[
     return np.dtype(fields)
 
 
-def to_rows(
-    instances: Sequence[PretrainInstance], dtype: np.dtype[np.void], pad_id: int
-) -> npt.NDArray[np.void]:
-    """Lay instances out as records, padded on the right; label 1 = random next (as NVIDIA)."""
-    rows = np.zeros(len(instances), dtype)
-    rows["input_ids"] = pad_id
-    for row, instance in zip(rows, instances, strict=True):
-        length = len(instance.token_ids)
-        row["input_ids"][:length] = instance.token_ids
-        row["segment_ids"][:length] = instance.segment_ids
-    if "next_sentence_labels" in (dtype.names or ()):
-        rows["next_sentence_labels"] = [bool(instance.is_random_next) for instance in instances]
-    return rows
+class _Sentences:
+    """A block's sentences as plain lists: Python reads them faster than arrays."""
+
+    def __init__(self, block: TokenBlock) -> None:
+        self._starts = [0, *block.sentence_ends.tolist()]  # [Q + 1]
+        self._documents = [0, *block.document_ends.tolist()]  # [D + 1]
+        self.num_sentences = len(self._starts) - 1
+        self.num_documents = len(self._documents) - 1
+
+    def of_document(self, index: int) -> tuple[int, int]:
+        """First sentence of a document and the one behind its last."""
+        return self._documents[index], self._documents[index + 1]
+
+    def span(self, first: int, stop: int) -> Span:
+        """Return the tokens of some sentences."""
+        return self._starts[first], self._starts[stop]
+
+    def gather(self, first: int, stop: int, target: int) -> int:
+        """Return the last of the sentences from `first` on that together reach `target` tokens."""
+        return min(
+            bisect_left(self._starts, self._starts[first] + target, first + 1, stop + 1), stop
+        ) - 1  # fmt: skip
+
+    def elsewhere(self, index: int, target: int, generator: random.Random) -> Span:
+        """Gather sentences of another document from a random one on (at least one)."""
+        if self.num_documents > 1:
+            other = int(generator.random() * (self.num_documents - 1))
+            index = other + (other >= index)
+        first, stop = self.of_document(index)
+        first += int(generator.random() * (stop - first))
+        return self.span(first, self.gather(first, stop, target) + 1)
 
 
-def _best_fit(texts: Sequence[TokenSentence], room: int) -> list[list[TokenSentence]]:
+def _best_fit(texts: Sequence[Span], room: int) -> list[list[Span]]:
     """Pack texts, each costing its length + 1 for [SEP], into the fewest rows found by best fit,
     longest first.
     """
-    bins: list[list[TokenSentence]] = []
+    bins: list[list[Span]] = []
     free: list[tuple[int, int]] = []  # (room left, bin), ascending
-    for text in sorted(texts, key=len, reverse=True):
-        cost = len(text) + 1
+    for text in sorted(texts, key=lambda span: span[0] - span[1]):
+        cost = text[1] - text[0] + 1
         at = bisect_left(free, (cost, 0))
         if at == len(free):
             bins.append([])
@@ -208,37 +272,28 @@ def _best_fit(texts: Sequence[TokenSentence], room: int) -> list[list[TokenSente
     return bins
 
 
-def _random_next(
-    documents: Sequence[TokenDocument], index: int, target: int, generator: random.Random
-) -> TokenSentence:
-    """Gather sentences of another document from a random one on, up to `target` tokens (at least
-    one sentence).
-    """
-    other = generator.randrange(len(documents) - 1)
-    document = documents[other + (other >= index)]
-    tokens: TokenSentence = []
-    for sentence in document[generator.randrange(len(document)) :]:
-        tokens += sentence
-        if len(tokens) >= target:
-            break
-    return tokens
-
-
-def _trim(
-    first: TokenSentence, second: TokenSentence, room: int, generator: random.Random
-) -> tuple[TokenSentence, TokenSentence]:
+def _trim(first: Span, second: Span, room: int, generator: random.Random) -> tuple[Span, Span]:
     """Drop tokens of the longer side, one at a time at a random end, until both fit in `room`."""
-    bounds = [[0, len(first)], [0, len(second)]]
-    while sum(end - start for start, end in bounds) > room:
-        longer = (
-            bounds[0] if bounds[0][1] - bounds[0][0] > bounds[1][1] - bounds[1][0] else bounds[1]
-        )
-        if generator.random() < 0.5:
-            longer[0] += 1
-        else:
-            longer[1] -= 1
-    return first[slice(*bounds[0])], second[slice(*bounds[1])]
+    a, b = first[1] - first[0], second[1] - second[0]
+    excess = a + b - room
+    if excess <= 0:
+        return first, second
+    # One at a time from the longer side, B where both are equal, comes to this:
+    one_sided = min(excess, abs(a - b))
+    rest = excess - one_sided
+    from_a = (one_sided if a > b else 0) + rest // 2
+    return _cut_ends(first, from_a, generator), _cut_ends(second, excess - from_a, generator)
 
 
-def _flat(sentences: Sequence[TokenSentence]) -> TokenSentence:
-    return [token for sentence in sentences for token in sentence]
+def _cut_ends(span: Span, size: int, generator: random.Random) -> Span:
+    """Drop `size` tokens, each at the front or the back with equal chance."""
+    if size <= 0:
+        return span
+    front = generator.getrandbits(size).bit_count()  # binomial: `size` fair coins
+    return span[0] + front, span[1] - (size - front)
+
+
+def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
+    """Concatenate the ranges [start, start + length)."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))

@@ -113,9 +113,15 @@ def restore_originals(input_ids: IntArray, positions: IntArray, ids: IntArray) -
 def splitmix64(values: HashArray) -> HashArray:
     """Hash 64-bit numbers to 64 well-mixed bits, element by element."""
     mixed = values + _WEYL
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * _MULTIPLY_1
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * _MULTIPLY_2
-    return mixed ^ (mixed >> np.uint64(31))
+    shifted = mixed >> np.uint64(30)
+    mixed ^= shifted
+    mixed *= _MULTIPLY_1
+    np.right_shift(mixed, np.uint64(27), out=shifted)
+    mixed ^= shifted
+    mixed *= _MULTIPLY_2
+    np.right_shift(mixed, np.uint64(31), out=shifted)
+    mixed ^= shifted
+    return mixed
 
 
 def hash_chain(*parts: int | IntArray) -> HashArray:
@@ -151,10 +157,10 @@ def _num_to_predict(
 
 def _choose_tokens(keys: HashArray, is_candidate: BoolArray, counts: IntArray) -> BoolArray:
     """Choose the `counts` candidates with the smallest keys in each row; [B, S]."""
-    order = np.argsort(np.where(is_candidate, keys, _NEVER), axis=1)
-    chosen = np.zeros(keys.shape, np.bool_)
-    np.put_along_axis(chosen, order, np.arange(keys.shape[1])[None, :] < counts[:, None], axis=1)
-    return chosen & is_candidate
+    # Sorted values, not their order: numpy sorts 64-bit numbers with vector instructions.
+    ascending = np.sort(np.where(is_candidate, keys, _NEVER), axis=1)
+    last = np.take_along_axis(ascending, np.maximum(counts - 1, 0)[:, None], axis=1)  # [B, 1]
+    return is_candidate & (keys <= last) & (counts > 0)[:, None]
 
 
 def _choose_words(

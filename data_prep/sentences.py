@@ -7,7 +7,9 @@ begins with a small letter: '"What?" he said.'
 """
 
 import re
-from collections.abc import Iterator
+from enum import IntEnum
+
+import numpy as np
 
 _TITLES = (
     "mr mrs ms messrs dr prof rev hon st sr jr gen col maj capt cpt lt sgt cmdr adm gov sen rep "
@@ -38,22 +40,84 @@ _NUMBERED = frozenset(
     {"no", "nos", "vol", "vols", "pp", "fig", "figs", "eq", "sec", "chap", "op", "art", "ch"}
 )
 
-_END = re.compile(
-    r"""(?P<mark>[.!?\u2026]+|[\u3002\uff01\uff1f])   # the end mark
-    (?P<close>["'\u2019\u201d\u00bb)\]]*)              # quotes and brackets that close with it
-    (?:(?P<space>\s+)|(?<=[\u3002\uff01\uff1f]))       # white space, except after ideographic marks
-    (?P<open>["'\u2018\u201c\u00ab(\[]*)(?P<next>\S)  # how the rest begins
-    """,
+
+class WordEnd(IntEnum):
+    """How a word ends; the rows of `ENDS_SENTENCE`."""
+
+    NEVER = 0
+    """No end mark, or a full stop that is always the word's own: "Mr."."""
+    MARK = 1
+    ABBREVIATION = 2
+    """A full stop that is the word's own and may be the sentence's too: "etc."."""
+    NUMBERED = 3
+    """A full stop behind a word that a number follows, if it does not end: "No."."""
+    FORCED = 4
+    """The end of a paragraph, or an ideographic mark with the next word right behind it."""
+
+
+class WordStart(IntEnum):
+    """How the next word begins, quotes and brackets left out; the columns of `ENDS_SENTENCE`."""
+
+    SMALL = 0
+    DIGIT = 1
+    STARTER = 2
+    """A word that commonly begins a sentence, such as "The"."""
+    OTHER = 3
+
+
+ENDS_SENTENCE = np.array(
+    [
+        [False, False, False, False],
+        [False, True, True, True],
+        [False, False, True, False],
+        [False, False, True, True],
+        [True, True, True, True],
+    ]
+)
+"""Whether a sentence ends between two words, [WordEnd, WordStart]."""
+
+# The classes of plain words with a full stop.
+_FULL_STOPS = {
+    **dict.fromkeys(MAY_BE_LAST, WordEnd.ABBREVIATION),
+    **dict.fromkeys(NEVER_LAST | _NUMBERED, WordEnd.NEVER),
+    "no": WordEnd.NUMBERED,
+}
+IDEOGRAPHIC_MARKS = "\u3002\uff01\uff1f"
+_MARK = re.compile(
+    rf"""(?P<mark>[.!?\u2026]+|[{IDEOGRAPHIC_MARKS}]+)
+    (?P<close>["'\u2019\u201d\u00bb)\]]*)  # quotes and brackets that close with it
+    $""",
     re.VERBOSE,
 )
-_WORD_BEFORE = re.compile(r"[\w.&'\u2019-]*$")
+_OPENERS = "\"'\u2018\u201c\u00ab(["
+_BARE_WORD = re.compile(r"[\w.&'\u2019-]*$")
+_FIRST_WORD = re.compile(r"[\w'\u2019]+")
+_LETTERS_AND_STOPS = re.compile(r"(?:\w\.)+\w")
+# Ideographic marks end a sentence without a space; a run of them and what closes stay together.
+_INNER_END = re.compile(
+    rf"[{IDEOGRAPHIC_MARKS}]+[\u2019\u201d\u00bb\u300d\u300f\uff09\u3011\u300b]*(?=[^ \n])"
+)
+_LONGEST_ABBREVIATION = 64  # characters; a slice keeps the cost constant in the word's length
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """Return the sentences of one paragraph; joined with spaces they give the paragraph."""
-    starts = [0, *_boundaries(paragraph), len(paragraph)]
-    pieces = (paragraph[a:b].strip() for a, b in zip(starts, starts[1:], strict=False))
-    return [piece for piece in pieces if piece]
+    """Return the sentences of one paragraph; joined with spaces (nothing behind an ideographic
+    mark inside a word) they give the paragraph.
+    """
+    words = [_parts(word) for word in paragraph.split(" ") if word]
+    sentences: list[str] = []
+    current: list[str] = []
+    for (*closed, last), following in zip(words, [*words[1:], None], strict=False):
+        for part in closed:
+            sentences.append("".join([*current, part]))
+            current = []
+        current.append(last)
+        if following is None or ENDS_SENTENCE[word_end(last), word_start(following[0])]:
+            sentences.append("".join(current))
+            current = []
+        else:
+            current.append(" ")
+    return sentences
 
 
 def split_document(text: str) -> list[str]:
@@ -63,47 +127,55 @@ def split_document(text: str) -> list[str]:
     return [sentence for line in text.split("\n") for sentence in split_sentences(line)]
 
 
-def _boundaries(paragraph: str) -> Iterator[int]:
-    """Yield the offsets at which a sentence begins, without the first."""
-    position = 0
-    while match := _END.search(paragraph, position):
-        # Only the mark and its closers are consumed: what opens the next sentence may hold the next
-        # mark.
-        position = match.end("close") + len(match["space"] or "")
-        if _ends_sentence(paragraph, match):
-            yield position
+def inner_ends(text: str) -> list[int]:
+    """Return the offsets inside words at which a sentence ends, as it does behind an ideographic
+    mark without a space.
+    """
+    ends = (match.end() for match in _INNER_END.finditer(text))
+    return [end for end in ends if not text[end].islower()]
 
 
-def _ends_sentence(paragraph: str, match: re.Match[str]) -> bool:
-    following = match["next"]
-    if following.islower():
-        return False
+def word_end(word: str) -> WordEnd:
+    """Classify the end of a word, without the space behind it."""
+    bare = word[:-1]
+    if word.endswith(".") and len(bare) > 1 and bare.isalpha():  # nearly all; only a shortcut
+        return _FULL_STOPS.get(bare.lower(), WordEnd.MARK)
+    match = _MARK.search(word)
+    if match is None:
+        return WordEnd.NEVER
     if match["mark"] != ".":
-        # "Yes! yes" and '"What?" he said' are refused above; an ellipsis continues unless a capital
-        # follows.
-        return True
-    # 64 characters hold any abbreviation; a slice keeps the cost constant in the paragraph's
-    # length.
-    before = paragraph[max(0, match.start() - 64) : match.start()]
-    found = _WORD_BEFORE.search(before)
-    word = found[0] if found else ""
-    return _full_stop_ends(
-        word, paragraph[match.start("next") : match.start("next") + 32], bool(match["close"])
-    )
+        # "Yes! yes" and '"What?" he said' go on; an ellipsis goes on unless a capital follows.
+        return WordEnd.MARK
+    found = _BARE_WORD.search(word[max(0, match.start() - _LONGEST_ABBREVIATION) : match.start()])
+    return _full_stop(found[0] if found else "", bool(match["close"]))
 
 
-def _full_stop_ends(word: str, rest: str, is_closed: bool) -> bool:
-    """Decide for one full stop after `word`; `rest` does not begin with a small letter."""
+def word_start(word: str) -> WordStart:
+    """Classify the beginning of a word."""
+    rest = word.lstrip(_OPENERS) or word[-1:]
+    if rest[0].islower():
+        return WordStart.SMALL
+    if rest[0].isdigit():
+        return WordStart.DIGIT
+    first = _FIRST_WORD.match(rest)
+    is_starter = first is not None and first[0].lower() in _STARTERS
+    return WordStart.STARTER if is_starter else WordStart.OTHER
+
+
+def _full_stop(word: str, is_closed: bool) -> WordEnd:
+    """Classify a full stop behind `word`, which has none."""
     bare = word.lower().lstrip("'\u2019-.")
-    if bare in _NUMBERED and not rest[0].isdigit():
-        return bare == "no" or is_closed
+    if bare in _NUMBERED:
+        return WordEnd.NUMBERED if bare == "no" or is_closed else WordEnd.NEVER
     if bare in NEVER_LAST:
-        return False
-    first = re.match(r"[\w'\u2019]+", rest)
-    starts_like_a_sentence = first is not None and first[0].lower() in _STARTERS
-    if bare in MAY_BE_LAST:
-        return starts_like_a_sentence
+        return WordEnd.NEVER
     is_initial = len(bare) == 1 and bare.isalpha() and word[-1:].isupper()
-    if is_initial or re.fullmatch(r"(?:\w\.)+\w", bare):
-        return starts_like_a_sentence
-    return True
+    if bare in MAY_BE_LAST or is_initial or _LETTERS_AND_STOPS.fullmatch(bare):
+        return WordEnd.ABBREVIATION
+    return WordEnd.MARK
+
+
+def _parts(word: str) -> list[str]:
+    """Cut a word at its inner ends."""
+    bounds = [0, *inner_ends(word), len(word)]
+    return [word[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

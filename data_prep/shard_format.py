@@ -1,4 +1,4 @@
-"""THE CONTRACT between data_prep and stacking: names, types, shapes, the manifest, and the check.
+"""THE CONTRACT between data_prep and stacking: names, types, shapes and the manifest.
 
 Two dialects of HDF5. N rows, S tokens, P masked positions, V vocabulary:
 
@@ -12,12 +12,14 @@ Two dialects of HDF5. N rows, S tokens, P masked positions, V vocabulary:
 | next_sentence_labels  | i1 [N], only with pairs        | i1 [N], 1 = random next               |
 
 Ours are contiguous and uncompressed, so that a loader maps rows into memory. The manifest is
-written last: a folder without one is unfinished, or somebody else's shards.
+written last: a folder without one is unfinished, or somebody else's shards (`dialects` reads what
+those may look like, `shard_check` looks for faults).
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
 VOCABULARY = "vocab.txt"
+IN_PROGRESS = ".in_progress"  # stands in a folder while shards are made, and after a kill
 SPECIAL_NAMES = ("pad", "unk", "cls", "sep", "mask")
 # Name -> number of dimensions, in the order in which they are written.
 NVIDIA_DATASETS = {
@@ -46,8 +49,20 @@ NVIDIA_DATASETS = {
 REQUIRED = ("input_ids", "segment_ids")
 STATIC_MASKS = ("masked_lm_positions", "masked_lm_ids")
 
-_ROWS_AT_ONCE = 8192
-_MOST_FAULTS = 20
+# What h5py raises on a damaged file; which of them is a matter of the byte that was hit.
+HDF5_ERRORS = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    IndexError,
+    MemoryError,
+)
+TOKENIZER_ATTRIBUTE = "tokenizer_sha256"
+_MOST_COMPRESSION = 1200  # gzip reaches 1032:1 on zeros
 
 Dialect = Literal["unmasked", "nvidia"]
 Split = Literal["training", "validation"]
@@ -97,16 +112,20 @@ class ShardInfo:
     dtypes: Mapping[str, np.dtype[np.generic]]
     offsets: Mapping[str, int | None]
     """Byte at which a contiguous dataset begins in the file; None: chunked or compressed."""
+    tokenizer_sha256: str | None = None
+    """The vocabulary behind the ids, where the file says so."""
 
 
 def inspect_shard(path: Path) -> ShardInfo:
     """Measure one HDF5 shard of either dialect; a ShardError names file, dataset and shape."""
     try:
         with h5py.File(path, "r") as file:
-            found = {name: file[name] for name in NVIDIA_DATASETS if name in file}
-            _check_datasets(path, found, sorted(file.keys()))
+            names = sorted(file.keys())
+            found = {name: file[name] for name in NVIDIA_DATASETS if name in names}
+            _check_datasets(path, found, names)
             shape = found["input_ids"].shape
             positions = found.get("masked_lm_positions")
+            digest = file.attrs.get(TOKENIZER_ATTRIBUTE)
             return ShardInfo(
                 path,
                 int(shape[0]),
@@ -114,21 +133,33 @@ def inspect_shard(path: Path) -> ShardInfo:
                 0 if positions is None else int(positions.shape[1]),
                 {name: dataset.dtype for name, dataset in found.items()},
                 {name: _offset(dataset) for name, dataset in found.items()},
+                digest if isinstance(digest, str) else None,
             )
-    except OSError as error:
-        raise ShardError(
-            f"{path}: not a readable HDF5 file (missing, truncated or corrupt): {error}"
-        ) from error
+    except HDF5_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: BaseException) -> ShardError:
+    """Return the one-line error for what HDF5 said about a damaged file."""
+    what = str(error).split("\n", 1)[0] or type(error).__name__
+    return ShardError(f"{path}: not a readable HDF5 file (missing, truncated or corrupt): {what}")
 
 
 def split_of(file_name: str) -> Split | None:
-    """Tell a shard's split by its name in any lineage (training_, train_shard_, part_, test_)."""
+    """Tell a shard's split by its name in any lineage (training_, train_shard_, part_, test_,
+    eval_); by whole words first, so that `latest_training_0.hdf5` is no test file.
+    """
     name = file_name.lower()
     if not name.endswith((".hdf5", ".h5")):
         return None
+    words = re.findall(r"[a-z]+", name)
+    if any(word == "dev" or word.startswith(("valid", "test", "eval")) for word in words):
+        return "validation"
+    if any(word.startswith("train") for word in words) or name.startswith("part_"):
+        return "training"
     if "valid" in name or "test" in name:
         return "validation"
-    return "training" if "train" in name or name.startswith("part_") else None
+    return "training" if "train" in name else None
 
 
 def find_shards(data_dir: Path, split: Split) -> list[Path]:
@@ -143,7 +174,7 @@ def read_manifest(data_dir: Path) -> Manifest | None:
         content: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShardError(f"{path}: not a readable manifest: {error}") from error
     return _manifest_from(content, path)
 
@@ -227,17 +258,28 @@ def _manifest_from(content: object, path: Path) -> Manifest:
         is_complete = all(
             isinstance(manifest.special_token_ids[name], int) for name in SPECIAL_NAMES
         )
-        is_complete &= isinstance(manifest.vocab_size, int) and isinstance(
-            manifest.max_seq_length, int
-        )
-        is_complete &= all(isinstance(one.rows, int) for split in entries.values() for one in split)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ShardError(f"{path}: a field has not the right form: {error}") from error
+    numbers = (manifest.vocab_size, manifest.max_seq_length, manifest.max_predictions_per_seq)
+    is_complete &= all(isinstance(number, int) and number >= 0 for number in numbers)
+    is_complete &= isinstance(manifest.tokenizer_sha256, str)
+    is_complete &= isinstance(manifest.settings, dict) and isinstance(manifest.statistics, dict)
+    is_complete &= all(_is_entry(one) for one in manifest.training + manifest.validation)
     if not is_complete or manifest.dialect not in ("unmasked", "nvidia"):
         raise ShardError(
             f"{path}: a field has not the right form; was the file edited? prepare the data again"
         )
     return manifest
+
+
+def _is_entry(entry: ShardEntry) -> bool:
+    """Say whether an entry names a file of its own folder, with rows and a hash."""
+    return (
+        isinstance(entry.file, str)
+        and entry.file == Path(entry.file).name
+        and isinstance(entry.rows, int)
+        and isinstance(entry.sha256, str)
+    )
 
 
 def _check_datasets(path: Path, found: Mapping[str, h5py.Dataset], names: list[str]) -> None:
@@ -251,22 +293,32 @@ def _check_datasets(path: Path, found: Mapping[str, h5py.Dataset], names: list[s
         raise ShardError(
             f"{path}: {' and '.join(STATIC_MASKS)} belong together; the file holds only one of them"
         )
+    for name, dataset in found.items():
+        if not isinstance(dataset, h5py.Dataset) or dataset.shape is None:
+            raise ShardError(f"{path}: {name} is no dataset with rows")
     shape = found["input_ids"].shape
     for name, dataset in found.items():
         got = f"{path}: dataset {name} is {dataset.dtype} {list(dataset.shape)}"
         if h5py.check_vlen_dtype(dataset.dtype) is not None:
             raise ShardError(
-                f"{got} of variable length (MLPerf's dialect); only fixed shapes are read today"
+                f"{got} of variable length (MLPerf's dialect); make fixed rows of it with "
+                "launch/prepare_data.py convert"
             )
         if dataset.dtype.kind not in "iu":
             raise ShardError(f"{got}; expected integers")
-        width = {"masked_lm_positions": None, "masked_lm_ids": None}.get(name, shape[-1])
-        is_wrong = len(dataset.shape) != NVIDIA_DATASETS[name] or dataset.shape[0] != shape[0]
-        if is_wrong or (len(dataset.shape) == 2 and width not in (None, dataset.shape[1])):
-            expected = [shape[0], width or "P"][: NVIDIA_DATASETS[name]]
-            raise ShardError(f"{got}; expected {expected} from input_ids {list(shape)}")
-    if shape[0] == 0:
-        raise ShardError(f"{path}: dataset input_ids has no rows")
+        if len(dataset.shape) != NVIDIA_DATASETS[name] or dataset.shape[0] != shape[0]:
+            expected = [shape[0] if shape else "N", "P" if name in STATIC_MASKS else "S"]
+            raise ShardError(
+                f"{got}; expected {expected[: NVIDIA_DATASETS[name]]} from input_ids {list(shape)}"
+            )
+        if len(dataset.shape) == 2 and name not in STATIC_MASKS and dataset.shape[1] != shape[1]:
+            raise ShardError(f"{got}; expected {list(shape)} from input_ids {list(shape)}")
+        if name in STATIC_MASKS and dataset.shape[1] > shape[1]:
+            raise ShardError(f"{got}; expected at most S = {shape[1]} masks a row")
+        if dataset.nbytes > _MOST_COMPRESSION * (dataset.id.get_storage_size() + 4096):
+            raise ShardError(f"{got}, but its values are not in the file; was it never finished?")
+    if 0 in shape:
+        raise ShardError(f"{path}: dataset input_ids has no rows, or rows without tokens")
     if len({found[name].shape for name in STATIC_MASKS if name in found}) > 1:
         shapes = " and ".join(f"{name} {list(found[name].shape)}" for name in STATIC_MASKS)
         raise ShardError(f"{path}: {shapes} must have one shape")
@@ -275,125 +327,3 @@ def _check_datasets(path: Path, found: Mapping[str, h5py.Dataset], names: list[s
 def _offset(dataset: h5py.Dataset) -> int | None:
     is_contiguous = dataset.chunks is None and dataset.compression is None
     return dataset.id.get_offset() if is_contiguous else None
-
-
-def check_folder(data_dir: Path) -> list[str]:
-    """Return every fault of a data folder, one line each; without manifest the shards alone are
-    checked.
-    """
-    if not data_dir.is_dir():
-        return [f"{data_dir}: no such folder"]
-    try:
-        manifest = read_manifest(data_dir)
-    except ShardError as error:
-        return [str(error)]
-    faults = [] if manifest is None else _check_against_manifest(data_dir, manifest)
-    paths = [path for split in ("training", "validation") for path in find_shards(data_dir, split)]
-    if not paths:
-        faults.append(
-            f"{data_dir}: holds no shard (a .hdf5 file with train, part_, valid or test in its "
-            "name)"
-        )
-    for path in paths:
-        faults += check_shard(path, None if manifest is None else manifest.vocab_size)
-    return faults
-
-
-def check_shard(path: Path, vocab_size: int | None = None) -> list[str]:
-    """Return every fault of one file's content, read block by block; `vocab_size` None: ids have no
-    upper bound.
-    """
-    try:
-        info = inspect_shard(path)
-        with h5py.File(path, "r") as file:
-            faults: list[str] = []
-            for start in range(0, info.num_rows, _ROWS_AT_ONCE):
-                block = {
-                    name: np.asarray(file[name][start : start + _ROWS_AT_ONCE], np.int64)
-                    for name in info.dtypes
-                }
-                faults += [
-                    f"{path}: rows from {start}: {fault}"
-                    for fault in _block_faults(block, vocab_size)
-                ]
-            return faults[:_MOST_FAULTS]
-    except ShardError as error:
-        return [str(error)]
-    except OSError as error:
-        return [f"{path}: truncated or corrupt: {error}"]
-
-
-def _block_faults(block: Mapping[str, npt.NDArray[np.int64]], vocab_size: int | None) -> list[str]:
-    """Return what is wrong in some rows."""
-    limits = {
-        "input_ids": vocab_size,
-        "masked_lm_ids": vocab_size,
-        "segment_ids": 2,
-        "input_mask": 2,
-        "next_sentence_labels": 2,
-        "masked_lm_positions": block["input_ids"].shape[1],
-    }
-    faults = []
-    for name, values in block.items():
-        low, high, limit = int(values.min()), int(values.max()), limits[name]
-        if low < 0 or (limit is not None and high >= limit):
-            faults.append(
-                f"dataset {name} holds {low} to {high}; allowed are 0 to "
-                f"{'V - 1' if limit is None else limit - 1}"
-            )
-    positions = block.get("masked_lm_positions")
-    if positions is not None:
-        is_real = np.logical_and.accumulate(positions != 0, axis=1)
-        is_falling = (np.diff(positions, axis=1) <= 0) & is_real[:, 1:]
-        if is_falling.any() or (positions[~is_real] != 0).any():
-            faults.append(
-                "dataset masked_lm_positions does not ascend, or goes on after its first 0"
-            )
-    return faults
-
-
-def _check_against_manifest(data_dir: Path, manifest: Manifest) -> list[str]:
-    """Return where files and manifest disagree."""
-    faults = []
-    listed = {entry.file for entry in manifest.training + manifest.validation}
-    present = {path.name for path in data_dir.iterdir() if split_of(path.name)}
-    faults += [f"{data_dir / name}: not in the manifest" for name in sorted(present - listed)]
-    for split in ("training", "validation"):
-        rows = [entry.rows for entry in manifest.entries(split)]
-        if not rows or max(rows) - min(rows) > 1:
-            faults.append(f"{data_dir}: {split} shards are not equal to within one row: {rows[:8]}")
-        for entry in manifest.entries(split):
-            faults += _check_entry(data_dir / entry.file, entry, manifest)
-    try:
-        text = "".join(f"{token}\n" for token in load_vocabulary(data_dir))
-        if hashlib.sha256(text.encode()).hexdigest() != manifest.tokenizer_sha256:
-            faults.append(
-                f"{data_dir / VOCABULARY}: not the vocabulary of the manifest; the shards have "
-                "other ids"
-            )
-        counts = load_token_counts(data_dir)
-        if counts is None or len(counts) != manifest.vocab_size:
-            faults.append(f"{data_dir / TOKEN_COUNTS}: missing, or not one count a word piece")
-    except ShardError as error:
-        faults.append(str(error))
-    return faults
-
-
-def _check_entry(path: Path, entry: ShardEntry, manifest: Manifest) -> list[str]:
-    try:
-        info = inspect_shard(path)
-    except ShardError:
-        # A file that is there but unreadable is reported by check_shard.
-        return [] if path.exists() else [f"{path}: listed in the manifest, but missing"]
-    faults = []
-    expected = (entry.rows, manifest.max_seq_length, manifest.max_predictions_per_seq)
-    got = (info.num_rows, info.max_seq_length, info.max_predictions_per_seq)
-    if got != expected:
-        faults.append(f"{path}: rows, S, P are {got}; the manifest says {expected}")
-    if manifest.has_next_sentence_labels and "next_sentence_labels" not in info.dtypes:
-        faults.append(f"{path}: dataset next_sentence_labels is missing; the manifest promises it")
-    if file_sha256(path) != entry.sha256:
-        faults.append(
-            f"{path}: its sha256 is not the manifest's; the file was changed after it was made"
-        )
-    return faults

@@ -1,4 +1,4 @@
-"""data_prep.shard_writer: equal shuffled shards, and a folder that only one run writes into."""
+"""data_prep.shard_writer: whole files of either dialect, and a folder of one run."""
 
 from pathlib import Path
 
@@ -6,12 +6,22 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.errors import DataError, ShardError
 from data_prep.instances import row_type
 from data_prep.masking import MaskingPolicy, mask_tokens, restore_originals
 from data_prep.shard_format import NVIDIA_DATASETS, ShardEntry, file_sha256
-from data_prep.shard_writer import IN_PROGRESS, ShardLayout, Spool, exclusive_folder, write_shards
+from data_prep.shard_writer import (
+    IN_PROGRESS,
+    ROWS_AT_ONCE,
+    WORK,
+    ShardLayout,
+    exclusive_folder,
+    shard_sizes,
+    write_shard,
+)
 
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 NUM_ROWS, LENGTH = 23, 9
@@ -26,18 +36,20 @@ def _rows() -> npt.NDArray[np.void]:
     return rows
 
 
-def _layout(seed: int = 1, masking: MaskingPolicy | None = None) -> ShardLayout:
+def _layout(masking: MaskingPolicy | None = None) -> ShardLayout:
     return ShardLayout(
-        rows_per_shard=6, seed=seed, pad_id=0, attributes={"format_version": 1}, masking=masking
+        rows_per_shard=6, seed=1, pad_id=0, attributes={"format_version": 1}, masking=masking
     )
 
 
 def _make(out: Path, layout: ShardLayout) -> tuple[ShardEntry, ...]:
     out.mkdir(exist_ok=True)
-    with Spool(out, "training", _rows().dtype) as spool:
-        spool.append(_rows()[:10])
-        spool.append(_rows()[10:])
-        return write_shards(spool, out, layout)
+    sizes = shard_sizes(NUM_ROWS, layout.rows_per_shard)
+    firsts = np.cumsum([0, *sizes])
+    return tuple(
+        write_shard(out / f"training_{i:05d}.hdf5", _rows()[first : first + size], first, layout)
+        for i, (first, size) in enumerate(zip(firsts[:-1].tolist(), sizes, strict=True))
+    )
 
 
 def _read(out: Path, name: str) -> npt.NDArray[np.int64]:
@@ -48,17 +60,20 @@ def _read(out: Path, name: str) -> npt.NDArray[np.int64]:
     return np.concatenate(parts)
 
 
-def test_shards_are_equal_shuffled_and_complete(tmp_path: Path) -> None:
+@given(st.integers(1, 10**9), st.integers(1, 10**6))
+def test_sizes_are_equal_to_within_one_row(num_rows: int, most: int) -> None:
+    sizes = shard_sizes(num_rows, max(most, num_rows // 1000))
+    assert sum(sizes) == num_rows
+    assert max(sizes) <= max(most, num_rows // 1000)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_shards_hold_the_rows_and_their_hash(tmp_path: Path) -> None:
     entries = _make(tmp_path, _layout())
     assert [entry.rows for entry in entries] == [6, 6, 6, 5]
-    assert [entry.file for entry in entries] == [f"training_{i:05d}.hdf5" for i in range(4)]
     assert all(entry.sha256 == file_sha256(tmp_path / entry.file) for entry in entries)
-    ids = _read(tmp_path, "input_ids")
-    assert not np.array_equal(ids, _rows()["input_ids"])
-    order = np.argsort(ids[:, 1])
-    np.testing.assert_array_equal(ids[order], _rows()["input_ids"])
-    labels = _read(tmp_path, "next_sentence_labels")
-    np.testing.assert_array_equal(labels[order], _rows()["next_sentence_labels"])
+    for name in ("input_ids", "segment_ids", "next_sentence_labels"):
+        np.testing.assert_array_equal(_read(tmp_path, name), _rows()[name])
 
 
 def test_unmasked_datasets_are_contiguous_with_the_contract_types(tmp_path: Path) -> None:
@@ -69,16 +84,24 @@ def test_unmasked_datasets_are_contiguous_with_the_contract_types(tmp_path: Path
         assert all(file[name].chunks is None and file[name].id.get_offset() for name in file)
 
 
-def test_bytes_are_a_function_of_rows_and_seed(tmp_path: Path) -> None:
-    first, second = _make(tmp_path / "a", _layout()), _make(tmp_path / "b", _layout())
-    assert first == second
-    assert _make(tmp_path / "c", _layout(seed=2)) != first
+def test_gzip_chunks_read_back_where_the_last_one_is_not_full(tmp_path: Path) -> None:
+    policy = MaskingPolicy(vocab_size=100, special_token_ids=SPECIAL, max_predictions_per_seq=3)
+    rows = np.concatenate([_rows()] * 100)[: 2 * ROWS_AT_ONCE + 7]
+    write_shard(tmp_path / "a.hdf5", rows, 0, _layout(policy))
+    with h5py.File(tmp_path / "a.hdf5") as file:
+        masked, positions, ids = (
+            np.asarray(file[name], np.int64)
+            for name in ("input_ids", "masked_lm_positions", "masked_lm_ids")
+        )
+        assert file["input_ids"].chunks == (ROWS_AT_ONCE, LENGTH)
+        np.testing.assert_array_equal(file["next_sentence_labels"], rows["next_sentence_labels"])
+    np.testing.assert_array_equal(restore_originals(masked, positions, ids), rows["input_ids"])
 
 
 def test_nvidia_dialect_has_its_types_and_restores_to_the_originals(tmp_path: Path) -> None:
     policy = MaskingPolicy(vocab_size=100, special_token_ids=SPECIAL, max_predictions_per_seq=3)
     _make(tmp_path / "plain", _layout())
-    _make(tmp_path / "masked", _layout(masking=policy))
+    _make(tmp_path / "masked", _layout(policy))
     with h5py.File(tmp_path / "masked/training_00000.hdf5") as file:
         assert set(file) == set(NVIDIA_DATASETS)
         assert [file[name].dtype.str for name in NVIDIA_DATASETS] == [
@@ -104,11 +127,29 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (IN_PROGRESS, "training_00000.hdf5", ".x.tmp", "training.spool", "notes.md"):
+    for name in (IN_PROGRESS, "training_00000.hdf5", ".x.tmp", "notes.md"):
         (tmp_path / name).touch()
-    with exclusive_folder(tmp_path):
+    (tmp_path / WORK / "rows").mkdir(parents=True)
+    (tmp_path / WORK / "rows/x").touch()
+    with exclusive_folder(tmp_path) as is_continued:
+        assert not is_continued
         assert {path.name for path in tmp_path.iterdir()} == {IN_PROGRESS, "notes.md"}
     assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+
+
+def test_the_same_run_finds_its_work_and_another_does_not(tmp_path: Path) -> None:
+    def fail(fingerprint: str) -> bool:
+        with exclusive_folder(tmp_path, fingerprint) as is_continued:
+            (tmp_path / WORK).mkdir(exist_ok=True)
+            (tmp_path / WORK / "text").touch()
+            raise RuntimeError(str(is_continued))
+
+    for fingerprint, found in (("a", "False"), ("a", "True"), ("b", "False"), ("b", "True")):
+        with pytest.raises(RuntimeError, match=found):
+            fail(fingerprint)
+    with exclusive_folder(tmp_path, "b") as is_continued:
+        assert is_continued
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_second_run_cannot_enter(tmp_path: Path) -> None:
@@ -141,7 +182,7 @@ def test_static_masks_go_by_the_global_row_number(tmp_path: Path) -> None:
     """NVIDIA's own files draw one stream of masks in every shard; here no two shards share one."""
     policy = MaskingPolicy(vocab_size=100, special_token_ids=SPECIAL, max_predictions_per_seq=3)
     _make(tmp_path / "plain", _layout())
-    _make(tmp_path / "masked", _layout(masking=policy))
+    _make(tmp_path / "masked", _layout(policy))
     originals = _read(tmp_path / "plain", "input_ids")
     rows = np.arange(NUM_ROWS)
     expected = mask_tokens(originals, policy, seed=1, epoch=0, sample_indices=rows)

@@ -72,7 +72,7 @@ def test_truncated_archive_is_an_error_and_not_an_end(tmp_path: Path, suffix: st
 def test_unknown_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").touch()
     with pytest.raises(
-        DataError, match=r"a\.pdf: unknown kind of file; allowed are \.jsonl, \.txt"
+        DataError, match=r"a\.pdf: unknown kind of file; allowed are \.jsonl, \.txt, \.xml"
     ):
         find_files([tmp_path / "a.pdf"])
     with pytest.raises(DataError, match="no file in this folder"):

@@ -1,13 +1,16 @@
 """data_prep.tokenizer: training is a function of the text, and both files give one tokenizer."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.errors import DataError
 from data_prep.tokenizer import (
-    WordPieceTokenizer,
+    Kind,
+    SubwordTokenizer,
     count_characters,
     from_json,
     from_tokens,
@@ -21,19 +24,34 @@ TEXTS = [
 BERT_UNCASED = Path(__file__).parents[3] / "shared/data/tokenizer"
 
 
-def _train(texts: list[str], vocab_size: int = 90) -> WordPieceTokenizer:
-    return train_tokenizer(iter(texts), count_characters(texts), vocab_size)
+def _train(texts: list[str], vocab_size: int = 90, *, kind: Kind = "wordpiece") -> SubwordTokenizer:
+    return train_tokenizer(iter(texts), count_characters(texts), vocab_size, kind=kind)
 
 
-def test_training_is_deterministic_and_independent_of_document_order() -> None:
-    reference = _train(TEXTS)
+def _byte_level() -> str:
+    """A tokenizer.json as RoBERTa's: bytes, spaces in front of words, other special names."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces = [*names, *"thecat.", "\u0120", "th", "the", "\u0120c", "at", "\u0120cat"]
+    merges = [("t", "h"), ("th", "e"), ("\u0120", "c"), ("a", "t"), ("\u0120c", "at")]
+    pieces = list(dict.fromkeys(pieces))
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(names)
+    return str(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_training_is_deterministic_and_independent_of_document_order(kind: Kind) -> None:
+    reference = _train(TEXTS, kind=kind)
     for _ in range(5):
-        assert _train(TEXTS).tokens == reference.tokens
-    assert _train(TEXTS[::-1]).tokens == reference.tokens
+        assert _train(TEXTS, kind=kind).to_json() == reference.to_json()
+    assert _train(TEXTS[::-1], kind=kind).to_json() == reference.to_json()
 
 
-def test_special_tokens_have_the_first_ids_and_pad_is_zero() -> None:
-    tokenizer = _train(TEXTS)
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_special_tokens_have_the_first_ids_and_pad_is_zero(kind: Kind) -> None:
+    tokenizer = _train(TEXTS, kind=kind)
     assert tokenizer.tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert tokenizer.special_token_ids == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
     assert len(set(tokenizer.tokens)) == tokenizer.vocab_size <= 90
@@ -63,6 +81,56 @@ def test_both_files_give_the_same_ids_and_hash(tmp_path: Path) -> None:
     digest = hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest()
     assert digest == tokenizer.sha256
     assert _train(TEXTS[:3]).sha256 != tokenizer.sha256
+
+
+def test_bpe_follows_its_merges_and_wordpiece_the_longest_piece() -> None:
+    texts = ["ab ab ab ab bc bc bc abc"] * 2
+    bpe, wordpiece = (_train(texts, 13, kind=kind) for kind in ("bpe", "wordpiece"))
+    assert bpe.tokens == wordpiece.tokens
+    assert bpe.merges == [("a", "##b"), ("b", "##c")]
+    (ids,) = bpe.encode(["abcb"])
+    assert [bpe.tokens[i] for i in ids] == ["ab", "##c", "##b"]
+    assert [bpe.is_continuation[i] for i in ids] == [False, True, True]
+    (ids,) = bpe.encode(["a\u0416\u0416b \u0416"])
+    assert [bpe.tokens[i] for i in ids] == ["a", "[UNK]", "##b", "[UNK]"]
+
+
+def test_bpe_is_saved_whole_and_its_hash_covers_the_merges(tmp_path: Path) -> None:
+    tokenizer = _train(TEXTS, kind="bpe")
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.sha256, loaded.merges) == (tokenizer.sha256, tokenizer.merges)
+    assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
+    assert tokenizer.sha256 != _train(TEXTS).sha256
+    content = json.loads(tokenizer.to_json())
+    content["model"]["merges"].reverse()
+    assert from_json(json.dumps(content)).sha256 != tokenizer.sha256
+    with pytest.raises(DataError, match=r"vocab\.txt: lists pieces of BPE without its merges"):
+        load_tokenizer(tmp_path / "vocab.txt")
+
+
+def test_byte_level_bpe_is_read_with_its_own_special_names() -> None:
+    tokenizer = from_json(_byte_level())
+    assert tokenizer.special_token_ids == {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": 4}
+    (ids,) = tokenizer.encode(["the cat."])
+    assert [tokenizer.tokens[i] for i in ids] == ["the", "\u0120cat", "."]
+    assert [tokenizer.is_continuation[i] for i in [*ids, 4]] == [True, False, True, False]
+
+
+def test_tokenizers_that_cannot_be_read_are_refused() -> None:
+    content = json.loads(_byte_level())
+    faults = [({"dropout": 0.1}, "dropout"), ({"end_of_word_suffix": "</w>"}, "end-of-word")]
+    for change, message in faults:
+        changed = content | {"model": content["model"] | change}
+        with pytest.raises(DataError, match=message):
+            from_json(json.dumps(changed))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    with pytest.raises(DataError, match="a WordLevel tokenizer; WordPiece and BPE are read"):
+        from_json(words.to_str())
+    gap = json.loads(from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]).to_json())
+    gap["model"]["vocab"]["a"] = 7
+    with pytest.raises(DataError, match="its 6 ids are not 0 to 5"):
+        from_json(json.dumps(gap))
 
 
 def test_faulty_vocabularies_are_refused(tmp_path: Path) -> None:
