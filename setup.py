@@ -25,13 +25,15 @@ setup(
     # Lower bounds are what the tests run with (constraints.txt), or, where that has no build for
     # Python 3.10, what pip takes there. Older releases may work; nobody has tried.
     install_requires=[
+        "datasketch>=2.0",  # near-duplicate documents
         "deepspeed>=0.19.8,<0.20",  # 0.19 removed configuration keys; engine.py uses private names
         "h5py>=3.16",
-        "isal>=1.8",  # gzip at seven times zlib's speed, for NVIDIA's dialect
+        "isal>=1.9",  # gzip at seven times zlib's speed, for NVIDIA's dialect
         "matplotlib>=3.10.9",
+        "mwparserfromhell>=0.7.2",  # Wikipedia's dumps
         "numpy>=2.2.6",
         "psutil>=7.2",
-        "pyarrow>=21",  # words as dictionaries; Parquet
+        "pyarrow>=25.0",  # words as dictionaries; Parquet
         "pydantic>=2.14",
         "rich>=15.0",
         "safetensors>=0.8",
@@ -39,7 +41,8 @@ setup(
         "tokenizers>=0.23",
         "torch>=2.13",
         "transformers>=5.20.2",
-        "xxhash>=3.5",  # duplicate paragraphs and documents
+        "xxhash>=4.1",  # duplicate paragraphs and documents
+        "zstandard>=0.25",  # text in .zst
     ],
     extras_require={
         # DeepSpeed's FusedAdam is compiled on first use: it needs ninja and the CUDA toolkit's

@@ -193,7 +193,8 @@ def clean_documents(
     documents: Iterable[Document], rules: CleaningRules, funnel: Funnel
 ) -> list[str]:
     """Return the clean texts as clean_block does, as strings."""
-    return clean_block(documents, rules, funnel).texts()
+    block = clean_block(documents, rules, funnel)
+    return block.texts() if block.num_documents else []
 
 
 def clean_block(documents: Iterable[Document], rules: CleaningRules, funnel: Funnel) -> TextBlock:
@@ -201,6 +202,8 @@ def clean_block(documents: Iterable[Document], rules: CleaningRules, funnel: Fun
     blocks = []
     for texts in _groups(documents):
         block = _read(texts, funnel)
+        if not block.num_documents:
+            continue
         if rules.rewrites:
             block = _rewritten(block, rules, funnel)
         if rules.filters:

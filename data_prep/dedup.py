@@ -5,6 +5,7 @@ that was seen before out.
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ def document_hashes(block: TextBlock) -> Hashes:
     """Return the hash of each document's UTF-8 bytes without the last line end, [D]."""
     view = memoryview(block.text)
     ends = block.document_ends.tolist()
-    return _hashes([view[a : b - 1] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
+    return _hashes([view[a : b - 1] for a, b in pairwise([0, *ends])])
 
 
 def _hashes(pieces: Sequence[bytes] | Sequence[memoryview]) -> Hashes:
@@ -160,6 +161,7 @@ class _Partitions:
         make_folder(folder)
         self._folder, self._level, self._most = folder, level, most
         self._batch_sizes = array("q")
+        self._counts = np.zeros(256, np.int64)  # hashes of each partition
 
     def append(self, hashes: Hashes) -> None:
         """Write the hashes, [n], behind those before them."""
@@ -167,20 +169,21 @@ class _Partitions:
             return
         names = (hashes >> np.uint64(56 - 8 * self._level)).astype(np.uint8)
         hashes = hashes[_order_of(names)]
-        ends = np.cumsum(np.bincount(names, minlength=256)).tolist()
+        counts = np.bincount(names, minlength=256)
+        ends = np.cumsum(counts).tolist()
         for name, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             if end > start:
                 append_array(self._path(name), hashes[start:end])
         append_array(self._folder / _ORDER, names)
         self._batch_sizes.append(len(names))
+        self._counts += counts
 
     def flags(self, solver: Solver) -> Iterator[BoolArray]:
         """Solve each partition, then yield the flags in the order of the hashes, batch by batch."""
-        for name in range(256):
-            if self._path(name).exists():
-                for flags in self._solved(name, solver):
-                    append_array(self._flags_path(name), flags)
-                self._path(name).unlink()
+        for name in np.flatnonzero(self._counts).tolist():
+            for flags in self._solved(name, solver):
+                append_array(self._flags_path(name), flags)
+            self._path(name).unlink()
         read, starts = 0, np.zeros(256, np.int64)
         for size in self._batch_sizes:
             names = np.fromfile(self._folder / _ORDER, np.uint8, size, offset=read)
@@ -196,8 +199,7 @@ class _Partitions:
 
     def _solved(self, name: int, solver: Solver) -> Iterator[BoolArray]:
         """Yield the flags of one partition; one that is too large is partitioned again."""
-        path = self._path(name)
-        size = path.stat().st_size // 8
+        path, size = self._path(name), int(self._counts[name])
         if size <= self._most:
             yield solver(np.fromfile(path, np.uint64))
             return

@@ -26,6 +26,8 @@ SHINGLE_WORDS = 5
 _SEED = 1  # of datasketch's permutations
 # Of false and of missed candidates in the choice of bands: a false one only costs a comparison.
 _WEIGHTS = (0.1, 0.9)
+# Above it datasketch finds a single band best, which it then refuses.
+_MOST_LSH_THRESHOLD = 0.9
 # Shingles hashed at a time: with 128 permutations a matrix of 2 MB, which stays in the cache.
 _SHINGLES_A_BATCH = 4096
 # Pairs of signatures compared at a time: with 128 permutations 2 x 8 MB.
@@ -130,8 +132,8 @@ class NearDuplicates:
     def _start(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         make_folder(self._folder)
-        # No other storage than memory is asked for: the object only computes b and r.
-        lsh = _datasketch().MinHashLSH(self._threshold, self._num_perm, weights=_WEIGHTS)
+        threshold = min(self._threshold, _MOST_LSH_THRESHOLD)
+        lsh = _datasketch().MinHashLSH(threshold, self._num_perm, weights=_WEIGHTS)
         self._band_ends = [(band * lsh.r, (band + 1) * lsh.r) for band in range(lsh.b)]
 
     def _band_hashes(self, signatures: Signatures) -> Hashes:
@@ -180,7 +182,7 @@ class NearDuplicates:
         Each document of a bucket is compared with the bucket's first; those unlike it make a bucket
         of their own, and so on.
         """
-        order = np.lexsort((documents, hashes))
+        order = np.argsort(documents)
         hashes, documents = hashes[order], documents[order]
         for _ in range(_MOST_LEADERS):
             is_first = np.concatenate([[True], hashes[1:] != hashes[:-1]])

@@ -70,10 +70,10 @@ def prepare_shards(settings: PrepareSettings, is_live: bool = False) -> PrepareR
     `is_live`: draw progress bars on stderr, if it is a terminal. None: this is an MPI rank that
     worked for the first one.
     """
+    settings.check()
     with open_workers(settings.workers, settings.mpi) as workers, Steps(is_live) as steps:
         if workers is None:
             return None
-        settings.check()
         wanted = fingerprint(settings)
         if is_finished(settings.out, wanted):
             return PrepareReport.of_finished(settings.out, read_manifest(settings.out))
@@ -84,9 +84,9 @@ def prepare_shards(settings: PrepareSettings, is_live: bool = False) -> PrepareR
 
 def train_vocabulary(settings: PrepareSettings, is_live: bool = False) -> WordPieceTokenizer:
     """Train the vocabulary of the clean training documents into the folder `settings.out`."""
+    settings.check()
     with open_workers(settings.workers, use_mpi=False) as workers, Steps(is_live) as steps:
         assert workers is not None, "only MPI has ranks without work"
-        settings.check()
         with exclusive_folder(settings.out):
             return _Run(settings, {}, workers, steps).vocabulary()
 

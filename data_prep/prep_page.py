@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 
 from data_prep import prep_figures
-from data_prep.prep_figures import percent
+from data_prep.prep_figures import compact, percent
 from data_prep.prep_report import SPLITS, PrepareReport
 from data_prep.shard_format import Manifest, write_atomically
 
@@ -18,7 +18,7 @@ SHORT_HASH = 12  # hexadecimal digits
 
 
 def write_page(report: PrepareReport) -> None:
-    """Write OUT/report.html; nothing or all of it."""
+    """Write OUT/report.html, all of it or nothing; raises OSError."""
     content = page(report).encode("ascii", "xmlcharrefreplace")
     write_atomically(report.out / REPORT, content)
 
@@ -26,7 +26,8 @@ def write_page(report: PrepareReport) -> None:
 def page(report: PrepareReport) -> str:
     """Return the page of a finished report: HTML without scripts, hosts or other files."""
     manifest = report.manifest
-    assert manifest is not None and not report.is_old, "a page is made at the end of a run"
+    assert manifest is not None, "a page is made at the end of a run"
+    assert not report.is_old, "the page of the run that made the folder stands"
     return _PAGE.substitute(
         title=_escaped(report.out.resolve().name or report.out),
         folder=_escaped(report.out),
@@ -59,18 +60,16 @@ def _banner(report: PrepareReport) -> str:
 
 def _cards(report: PrepareReport, manifest: Manifest) -> str:
     facts, documents = manifest.statistics, manifest.num_documents
-    tokens = {split: round(facts.get(f"{split}_tokens", 0)) for split in SPLITS}
-    rows = {split: sum(entry.rows for entry in manifest.entries(split)) for split in SPLITS}
+    sequences = sum(entry.rows for entry in manifest.training)
     cards = [
-        (f"{documents.get('training', 0):,}", "training documents",
-         f"{documents.get('validation', 0):,} held out"),
-        (prep_figures.compact(tokens["training"]), "training tokens", "without special ones"),
-        (f"{rows['training']:,}", "training sequences",
-         f"of {manifest.max_seq_length:,} tokens"),
+        (f"{documents['training']:,}", "training documents",
+         f"{documents['validation']:,} held out"),
+        (compact(round(facts["training_tokens"])), "training tokens", "without special ones"),
+        (f"{sequences:,}", "training sequences", f"of {manifest.max_seq_length:,} tokens"),
         (f"{manifest.vocab_size:,}", "word pieces", "in the vocabulary"),
-        (percent(facts.get("training_padding_share", 0.0)), "padding", "in training sequences"),
-        (f"{report.megabytes_per_second:,.1f} MB/s", "speed", f"{report.num_input_bytes / 1e6:,.1f} MB, "
-         f"{_count(report.num_workers, 'worker')}"),
+        (percent(facts["training_padding_share"]), "padding", "in training sequences"),
+        (f"{report.megabytes_per_second:,.1f} MB/s", "speed",
+         f"{report.num_input_bytes / 1e6:,.1f} MB, {_count(report.num_workers, 'worker')}"),
     ]  # fmt: skip
     return "".join(
         f'<div class="card"><b>{value}</b><span>{label}</span><i>{note}</i></div>'
@@ -82,14 +81,12 @@ def _split_table(manifest: Manifest) -> str:
     """Make a row of each quantity: two columns fit on a telephone."""
     facts = manifest.statistics
     entries = [manifest.entries(split) for split in SPLITS]
-    tokens = [facts.get(f"{split}_tokens", 0) for split in SPLITS]
-    padding = [facts.get(f"{split}_padding_share", 0) for split in SPLITS]
     rows = [
-        ("documents", *(f"{manifest.num_documents.get(split, 0):,}" for split in SPLITS)),
-        ("tokens, without special ones", *(f"{count:,.0f}" for count in tokens)),
+        ("documents", *(f"{manifest.num_documents[split]:,}" for split in SPLITS)),
+        ("tokens, without special ones", *(f"{facts[f'{s}_tokens']:,.0f}" for s in SPLITS)),
         ("sequences", *(f"{sum(one.rows for one in shards):,}" for shards in entries)),
         ("shards", *(f"{len(shards):,}" for shards in entries)),
-        ("padding", *(percent(share) for share in padding)),
+        ("padding", *(percent(facts[f"{split}_padding_share"]) for split in SPLITS)),
     ]
     return _table(("", *SPLITS), rows)
 
@@ -117,7 +114,7 @@ def _funnel(report: PrepareReport) -> str:
 
 def _lengths(report: PrepareReport, manifest: Manifest) -> str:
     rows = report.row_lengths
-    padding = manifest.statistics.get("training_padding_share", 0.0)
+    padding = manifest.statistics["training_padding_share"]
     return (
         '<div class="figures">'
         + _figure(
@@ -127,7 +124,7 @@ def _lengths(report: PrepareReport, manifest: Manifest) -> str:
         )
         + _figure(
             f"Training rows by their tokens, special ones included: {percent(padding)} of all "
-            f"places are padding, {percent(rows[-1] / max(sum(rows), 1))} of the rows are full",
+            f"places are padding, {percent(rows[-1] / sum(rows))} of the rows are full",
             prep_figures.row_lengths(rows),
         )
         + "</div>"
@@ -173,7 +170,11 @@ def _facts(manifest: Manifest) -> str:
 
 
 def _settings(manifest: Manifest) -> str:
-    rows = [(_escaped(key), _escaped(value)) for key, value in _flat(manifest.settings)]
+    # A long name may break behind an underscore.
+    rows = [
+        (_escaped(key).replace("_", "_<wbr>"), _escaped(value))
+        for key, value in _flat(manifest.settings)
+    ]
     return _table((), rows, "facts")
 
 
@@ -301,12 +302,14 @@ code { font-size: 12px; }
   .figures { grid-template-columns: minmax(0, 1fr); }
   .cards { grid-template-columns: 1fr 1fr; gap: 8px; }
   th, td { padding: 7px 9px; }
+  .facts th { width: 42%; }
 }
 @media print {
   body { background: none; }
   main { max-width: none; padding: 0; }
   .scroll { overflow-x: visible; }
   .figures { grid-template-columns: 1fr 1fr; }
+  .cards { grid-template-columns: repeat(3, 1fr); }
 }
 </style>
 <main>

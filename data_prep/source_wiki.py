@@ -82,9 +82,8 @@ def _cut(path: Path, options: SourceOptions, reader: Reader) -> Iterator[RawPart
         )
 
     if namespaces is None:
-        skipped.refuse(
-            options, "broken_files", f"{path}:1: {reader.fault or 'not a MediaWiki dump'}"
-        )
+        fault = reader.fault or "not a MediaWiki dump: no <mediawiki>; name a pages-articles file"
+        skipped.refuse(options, "broken_files", f"{path}:1: {fault}")
         yield part(b"")
         return
     piece = rest

@@ -280,7 +280,7 @@ class _Walk:
         """Read the whole heading: it decides whether the section that begins here is dropped."""
         end = self._behind(i, "HeadingStart", "HeadingEnd")
         texts = (t["text"] for t in self._tokens[i:end] if type(t).__name__ == "Text")
-        title = " ".join("".join(texts).replace("'''", "").lower().split())
+        title = " ".join(_QUOTES.sub("", "".join(texts)).lower().split())
         if self._outer:  # inside a link: no section of the page
             return end
         self._end_section()

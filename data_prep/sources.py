@@ -33,7 +33,6 @@ __all__ = [
     "input_bytes",
     "parse_block",
     "read_blocks",
-    "read_documents",
 ]
 
 _Cut = Callable[[Path, SourceOptions], Iterator[RawPart]]
@@ -91,10 +90,3 @@ def parse_block(block: RawBlock, options: SourceOptions) -> tuple[list[Document]
         skipped.merge(part.skipped)
         documents += _KINDS[part.kind][1](part, options, skipped)
     return documents, skipped
-
-
-def read_documents(inputs: Sequence[Path], field: str = "text") -> Iterator[Document]:
-    """Yield the documents of files and folders, in this process."""
-    options = SourceOptions(field=field)
-    for block in read_blocks(find_files(inputs), options):
-        yield from parse_block(block, options)[0]

@@ -16,6 +16,7 @@ from data_prep.sentence_merge import MergeCounts, MergeRules, Sentences, merge_s
 from data_prep.sentences import (
     ENDS_SENTENCE,
     IDEOGRAPHIC_MARKS,
+    LAST_CHARACTERS,
     WordEnd,
     inner_ends,
     word_end,
@@ -43,10 +44,9 @@ MAX_WORD_BYTES = 16 << 20
 
 _SPACE, _NEW_LINE = 0x20, 0x0A
 _UNKNOWN = -1
-# Only a word that ends with one of these bytes can hold an end mark at its end (`word_end`).
+# Last bytes of the words that are worth a closer look.
 _MAY_END = np.zeros(256, np.bool_)
-_MAY_END[list(b".!?\"')]")] = True
-_MAY_END[0x80:] = True
+_MAY_END[[character.encode()[-1] for character in LAST_CHARACTERS]] = True
 # First bytes of the marks that may stand inside a word (`inner_ends`).
 _IDEOGRAPHIC_LEADS = np.zeros(256, np.bool_)
 _IDEOGRAPHIC_LEADS[[mark.encode()[0] for mark in IDEOGRAPHIC_MARKS]] = True

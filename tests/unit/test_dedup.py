@@ -20,7 +20,7 @@ from data_prep.dedup import (
     paragraph_hashes,
 )
 from data_prep.errors import DataError
-from data_prep.text_block import TextBlock
+from data_prep.text_block import BoolArray, TextBlock
 
 # Few values, alike in their high or low bits, and many.
 HASHES = st.sampled_from([0, 1, 2, 1 << 63, (1 << 63) + 1, 2**64 - 1, 1 << 56, 3 << 40]) | (
@@ -32,7 +32,13 @@ TINY = 48 * 5  # bytes: five hashes at a time
 
 def _seen_before(blocks: list[list[int]]) -> list[list[bool]]:
     seen: set[int] = set()
-    return [[value in seen or seen.add(value) is not None for value in block] for block in blocks]
+    flags: list[list[bool]] = []
+    for block in blocks:
+        flags.append([])
+        for value in block:
+            flags[-1].append(value in seen)
+            seen.add(value)
+    return flags
 
 
 def _elsewhere(blocks: list[list[int]]) -> list[list[bool]]:
@@ -87,7 +93,7 @@ def test_a_value_that_fills_the_corpus_is_solved_in_bounded_pieces(
     first = _filled(tmp_path / "own", blocks, TINY)
     sizes: list[int] = []
 
-    def solver(hashes: Hashes) -> dedup.BoolArray:
+    def solver(hashes: Hashes) -> BoolArray:
         sizes.append(len(hashes))
         return find_duplicates(hashes)
 

@@ -1,4 +1,4 @@
-"""data_prep.plain_text: plain white space and NFC, and the quick test agrees with the slow function."""
+"""data_prep.plain_text: plain white space and NFC; the quick tests agree with the slow function."""
 
 import numpy as np
 import pytest

@@ -1,19 +1,30 @@
 """launch/prepare_data.py: exit codes, one-line errors and --json."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import h5py
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+
+
+def _command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "launch/prepare_data.py"), *map(str, arguments)]
+
+
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "launch/prepare_data.py"), *map(str, arguments)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        _command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
 
 
 def _corpus(folder: Path) -> Path:
@@ -23,7 +34,7 @@ def _corpus(folder: Path) -> Path:
 
 
 def test_shards_then_check_then_again(tmp_path: Path) -> None:
-    sizes = ("--vocab-size", "90", "--max-seq-length", "16", "--workers", "1")
+    sizes = ("--vocab-size", "90", "--max-seq-length", "16", "--workers", "1", "--no-page")
     arguments = ("shards", _corpus(tmp_path), "--out", tmp_path / "out", *sizes)
     first = _run(*arguments, "--json")
     assert first.returncode == 0, first.stderr
@@ -39,7 +50,15 @@ def test_shards_then_check_then_again(tmp_path: Path) -> None:
 
 def test_vocab_writes_both_files(tmp_path: Path) -> None:
     result = _run(
-        "vocab", _corpus(tmp_path), "--out", tmp_path / "v", "--vocab-size", "80", "--json"
+        "vocab",
+        _corpus(tmp_path),
+        "--out",
+        tmp_path / "v",
+        "--vocab-size",
+        "80",
+        "--json",
+        "--workers",
+        "1",
     )
     assert result.returncode == 0, result.stderr
     tokens = (tmp_path / "v/vocab.txt").read_text().splitlines()
@@ -55,8 +74,43 @@ def test_user_mistake_ends_with_2_and_one_line(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["shards", "vocab", "check"])
+@pytest.mark.parametrize("command", ["shards", "vocab", "convert", "check"])
 def test_help_shows_an_example(command: str) -> None:
     result = _run(command, "--help")
     assert result.returncode == 0
     assert f"python launch/prepare_data.py {command}" in " ".join(result.stdout.split())
+
+
+def test_converted_shards_hold_what_ours_do(tmp_path: Path) -> None:
+    sizes = ("--vocab-size", "90", "--max-seq-length", "16", "--workers", "1", "--no-page")
+    shards = ("shards", _corpus(tmp_path), *sizes, "--pairs", "nsp")
+    assert _run(*shards, "--out", tmp_path / "plain").returncode == 0
+    assert _run(*shards, "--static-masks", "--out", tmp_path / "static").returncode == 0
+    vocabulary = tmp_path / "plain/vocab.txt"
+    convert = ("convert", tmp_path / "static", "--tokenizer", vocabulary, "--out", tmp_path / "new")
+    assert _run(*convert).returncode == 0
+    plain, new = (_ids(tmp_path / name) for name in ("plain", "new"))
+    assert sorted(plain) == sorted(new)
+
+
+def _ids(folder: Path) -> list[list[int]]:
+    with h5py.File(folder / "training_00000.hdf5") as file:
+        ids: list[list[int]] = file["input_ids"][:].tolist()
+    return ids
+
+
+def test_ctrl_c_ends_with_3_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    sizes = ("--vocab-size", "90", "--max-seq-length", "16", "--workers", "2", "--no-page")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"The cat {i} sat. It ran." for i in range(60_000)))
+    arguments = ("shards", tmp_path / "a.txt", *sizes, "--out", tmp_path / "out")
+    process = subprocess.Popen(
+        _command(*arguments), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not (tmp_path / "out/.work").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the workers, too
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert errors == "stopped early; the same command goes on from here\n"
+    assert _run(*arguments).returncode == 0

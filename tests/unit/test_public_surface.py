@@ -11,14 +11,23 @@ import stacking
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 JSON = "--json"
+TEXT = {
+    JSON, "--out", "--validation", "--field", "--documents", "--skip-bad", "--clean", "--clean-set",
+    "--dedup", "--near-dedup", "--vocab-size", "--tokenizer-kind", "--workers",
+}  # fmt: skip
 
 FLAGS = {
     "prepare_data.py shards": {
-        JSON, "--out", "--validation", "--field", "--vocab-size", "--tokenizer",
-        "--max-seq-length", "--pairs", "--static-masks", "--masked-lm-prob",
-        "--max-predictions-per-seq", "--rows-per-shard", "--workers", "--seed",
+        *TEXT, "--tokenizer", "--max-seq-length", "--sentences", "--merge-short", "--pairs",
+        "--short-seq-prob", "--dupe-factor", "--static-masks", "--whole-word", "--masked-lm-prob",
+        "--max-predictions-per-seq", "--rows-per-shard", "--seed", "--mpi", "--no-page",
     },
-    "prepare_data.py vocab": {JSON, "--out", "--validation", "--field", "--vocab-size"},
+    "prepare_data.py vocab": TEXT,
+    "prepare_data.py convert": {
+        JSON, "--out", "--tokenizer", "--dialect", "--remask", "--labels", "--max-seq-length",
+        "--truncate", "--validation-share", "--keep-order", "--masked-lm-prob",
+        "--max-predictions-per-seq", "--rows-per-shard", "--seed",
+    },
     "prepare_data.py check": {JSON},
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
