@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.plain_text import normalise
 from data_prep.sentences import split_sentences
@@ -27,7 +27,7 @@ from data_prep.tokens import WordEncoder
 Splitter = Callable[[str], Sequence[str]]
 
 SECONDS_EACH = 5.0  # of timing for a splitter; the slow ones do not get through the text
-BLOCK_BYTES = 4 << 20
+BLOCK_CHARS = 4 << 20
 ROUNDS = 3
 OURS = "ours, paragraph by paragraph"
 OURS_IN_BLOCKS = "ours, in blocks"
@@ -64,7 +64,8 @@ def main() -> None:
         try:
             results[name] = score(make(), gold, timed)
         except Exception as error:  # a library's own fault is a result here
-            results[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            said = [line.strip() for line in str(error).splitlines() if line.strip(" *")]
+            results[name] = f"fails: {type(error).__name__}: {said[0] if said else ''}"
     ours = results[OURS]
     assert isinstance(ours, Score), ours
     rate = {"megabytes_per_second": block_speed(timed)}
@@ -121,23 +122,26 @@ def block_speed(paragraphs: Sequence[str]) -> float:
     """
     blocks: list[TextBlock] = []
     current: list[str] = []
+    num_chars = 0
     for paragraph in filter(None, paragraphs):
         current.append(paragraph)
-        if sum(map(len, current[-1:])) and sum(len(text) for text in current) > BLOCK_BYTES:
+        num_chars += len(paragraph)
+        if num_chars > BLOCK_CHARS:
             blocks.append(TextBlock.from_texts(current))
-            current = []
+            current, num_chars = [], 0
     blocks.append(TextBlock.from_texts(current))
-    seconds = {}
-    tokenizer = from_tokens(list(SPECIAL_TOKENS.values()))
-    for sentences in ("rules", "lines") * ROUNDS:
-        encoder = WordEncoder(tokenizer, sentences=sentences)
-        start = time.perf_counter()
-        for block in blocks:
-            encoder.encode(block)
-        took = time.perf_counter() - start
-        seconds[sentences] = min(took, seconds.get(sentences, took))
+    rules = min(_encode_seconds(blocks, "rules") for _ in range(ROUNDS))
+    lines = min(_encode_seconds(blocks, "lines") for _ in range(ROUNDS))
     num_bytes = sum(len(block.text) for block in blocks)
-    return num_bytes / 1e6 / max(seconds["rules"] - seconds["lines"], 1e-9)
+    return num_bytes / 1e6 / max(rules - lines, 1e-9)
+
+
+def _encode_seconds(blocks: Sequence[TextBlock], sentences: Literal["rules", "lines"]) -> float:
+    encoder = WordEncoder(from_tokens(list(SPECIAL_TOKENS.values())), sentences=sentences)
+    start = time.perf_counter()
+    for block in blocks:
+        encoder.encode(block)
+    return time.perf_counter() - start
 
 
 def print_results(results: dict[str, Score | str]) -> None:

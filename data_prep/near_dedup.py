@@ -182,7 +182,7 @@ class NearDuplicates:
         Each document of a bucket is compared with the bucket's first; those unlike it make a bucket
         of their own, and so on.
         """
-        order = np.argsort(documents)
+        order = np.lexsort((documents, hashes))
         hashes, documents = hashes[order], documents[order]
         for _ in range(_MOST_LEADERS):
             is_first = np.concatenate([[True], hashes[1:] != hashes[:-1]])

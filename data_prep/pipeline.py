@@ -70,10 +70,11 @@ def prepare_shards(settings: PrepareSettings, is_live: bool = False) -> PrepareR
     `is_live`: draw progress bars on stderr, if it is a terminal. None: this is an MPI rank that
     worked for the first one.
     """
-    settings.check()
-    with open_workers(settings.workers, settings.mpi) as workers, Steps(is_live) as steps:
+    size = max(1, settings.workers)  # checked below, by one rank, with everything else
+    with open_workers(size, settings.mpi) as workers, Steps(is_live) as steps:
         if workers is None:
             return None
+        settings.check()
         wanted = fingerprint(settings)
         if is_finished(settings.out, wanted):
             return PrepareReport.of_finished(settings.out, read_manifest(settings.out))

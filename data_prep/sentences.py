@@ -6,6 +6,7 @@ that `data_prep.tokens` can classify each distinct word once.
 Measured on the gold boundaries inside the paragraphs of UD English-EWT dev (web text, much of it
 without marks or capitals): precision 0.987, recall 0.795, F1 0.880; with the paragraphs' ends,
 which this function is given as line ends, F1 0.928 (`benchmarks/sentences.py`, beside libraries).
+The rules were written with an eye on that file, so other web text may score a little lower.
 Recall is lost on purpose where the next word begins with a small letter: "Who knows? he said."
 """
 
@@ -88,7 +89,10 @@ ENDS_SENTENCE = np.array(
 )
 """Whether a sentence ends between two words, [WordEnd, WordStart]."""
 
-LAST_CHARACTERS = ".!?\"')](\u2026\u2019\u201d\u00bb\u3002\uff01\uff1f"
+IDEOGRAPHIC_MARKS = "\u3002\uff01\uff1f"
+# Quotes and brackets that can only close.
+_CLOSERS = "\u2019\u201d\u00bb\u300d\u300f\uff09\u3011\u300b"
+LAST_CHARACTERS = f".!?\u2026{IDEOGRAPHIC_MARKS}\"')](" + _CLOSERS
 """What a word that may end a sentence ends with; only a first look."""
 
 # The shortest word, in small letters, whose full stop is no abbreviation's unless it is listed. 38
@@ -96,7 +100,7 @@ LAST_CHARACTERS = ".!?\"')](\u2026\u2019\u201d\u00bb\u3002\uff01\uff1f"
 # letter; looked through, only subsp., cert., prob. and dept. are abbreviations, and listed above.
 _PLAIN_WORD_LETTERS = 4
 _SMALL_I = frozenset(("i", "im", "ive", "i'm", "i've", "i'll", "i'd", "i\u2019m", "i\u2019ve"))
-_CONTINUING = ".,;:!?)]}\u2019\u201d\u00bb\u2026"
+_CONTINUING = f".,;:!?\u2026)]}}{_CLOSERS}"
 _EMOTICON = re.compile(r"[:;=]['^o-]?[()]+")
 # The classes of plain words with a full stop.
 _FULL_STOPS = {
@@ -104,10 +108,9 @@ _FULL_STOPS = {
     **dict.fromkeys(NEVER_LAST | _NUMBERED, WordEnd.NEVER),
     "no": WordEnd.NUMBERED,
 }
-IDEOGRAPHIC_MARKS = "\u3002\uff01\uff1f"
 _MARK = re.compile(
     rf"""(?P<mark>[.!?\u2026]+|[{IDEOGRAPHIC_MARKS}]+)
-    (?P<close>["'\u2019\u201d\u00bb)\]]*)  # quotes and brackets that close with it
+    (?P<close>["')\]{_CLOSERS}]*)  # quotes and brackets that close with it
     $""",
     re.VERBOSE,
 )
@@ -117,9 +120,10 @@ _FIRST_WORD = re.compile(r"[\w'\u2019]+")
 _LETTERS_AND_STOPS = re.compile(r"(?:\w\.)+\w")
 # Ideographic marks end a sentence without a space; a run of them and what closes stay together.
 _INNER_END = re.compile(
-    rf"[{IDEOGRAPHIC_MARKS}]+[\u2019\u201d\u00bb\u300d\u300f\uff09\u3011\u300b]*(?=[^ \n])"
+    rf"(?<![{IDEOGRAPHIC_MARKS}])[{IDEOGRAPHIC_MARKS}]+[{_CLOSERS}]*"
+    rf"(?=[^ \n{IDEOGRAPHIC_MARKS}{_CLOSERS}])"
 )
-_LONGEST_ABBREVIATION = 64  # characters; a slice keeps the cost constant in the word's length
+_LONGEST_END = 64  # characters that are looked at; the cost of a long word stays constant
 
 
 def split_sentences(paragraph: str) -> list[str]:
@@ -134,7 +138,8 @@ def split_sentences(paragraph: str) -> list[str]:
             sentences.append("".join([*current, part]))
             current = []
         current.append(last)
-        if following is None or ENDS_SENTENCE[word_end(last), word_start(following[0])]:
+        may_end = following is None or last[-1] in LAST_CHARACTERS
+        if may_end and _is_end(last, following):
             sentences.append("".join(current))
             current = []
         else:
@@ -163,6 +168,7 @@ def word_end(word: str) -> WordEnd:
     if word.endswith(".") and len(bare) > 1 and bare.isalpha():  # nearly all
         is_plain = len(bare) >= _PLAIN_WORD_LETTERS and bare.islower()
         return _FULL_STOPS.get(bare.lower(), WordEnd.CLEAR_MARK if is_plain else WordEnd.MARK)
+    word = word[-_LONGEST_END:]
     match = _MARK.search(word)
     if match is None:
         return WordEnd.MARK if _EMOTICON.fullmatch(word) else WordEnd.NEVER
@@ -170,7 +176,7 @@ def word_end(word: str) -> WordEnd:
         # "Yes! yes" and '"What?" he said' go on; an ellipsis goes on unless a capital follows.
         is_clear = len(match["mark"]) > 1 and not match["close"] and "." not in match["mark"]
         return WordEnd.CLEAR_MARK if is_clear else WordEnd.MARK
-    found = _BARE_WORD.search(word[max(0, match.start() - _LONGEST_ABBREVIATION) : match.start()])
+    found = _BARE_WORD.search(word[: match.start()])
     return _full_stop(found[0] if found else "", bool(match["close"]))
 
 
@@ -188,6 +194,12 @@ def word_start(word: str) -> WordStart:
     return WordStart.STARTER if is_starter else WordStart.OTHER
 
 
+def _is_end(word: str, following: list[str] | None) -> bool:
+    if following is None:
+        return True
+    return bool(ENDS_SENTENCE[word_end(word), word_start(following[0])])
+
+
 def _full_stop(word: str, is_closed: bool) -> WordEnd:
     """Classify a full stop behind `word`, which has none."""
     bare = word.lower().lstrip("'\u2019-.")
@@ -203,5 +215,7 @@ def _full_stop(word: str, is_closed: bool) -> WordEnd:
 
 def _parts(word: str) -> list[str]:
     """Cut a word at its inner ends."""
+    if word.isascii():
+        return [word]
     bounds = [0, *inner_ends(word), len(word)]
     return [word[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,7 +1,8 @@
-"""Clean documents as one buffer of UTF-8 bytes: what cleaning hands to tokenising, in memory and on disk."""
+"""Clean documents as one buffer of UTF-8 bytes: what cleaning hands to tokenising."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +50,8 @@ class TextBlock:
 
     def texts(self) -> list[str]:
         """Return the documents, a line a paragraph, without the last line end."""
-        ends = self.document_ends.tolist()
-        starts = [0, *ends[:-1]]
-        return [self.text[a : b - 1].decode("utf-8") for a, b in zip(starts, ends, strict=True)]
+        ends = [0, *self.document_ends.tolist()]
+        return [self.text[a : b - 1].decode("utf-8") for a, b in pairwise(ends)]
 
     def without(self, is_dropped: BoolArray) -> "TextBlock":
         """Return the block without some paragraphs, [P]; a document that loses all of them goes."""

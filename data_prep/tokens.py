@@ -4,7 +4,6 @@ W: words of the block; T: tokens; Q: sentences; D': documents with a token.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +40,8 @@ Codes = npt.NDArray[np.int32]
 # Distinct words remembered from block to block; a reset costs time, never changes ids.
 MAX_WORDS = 1 << 18
 MAX_WORD_BYTES = 16 << 20
+# What the slow way sends to the tokenizer at once; it holds some 100 bytes a token meanwhile.
+SENTENCES_PER_CALL = 4096
 
 _SPACE, _NEW_LINE = 0x20, 0x0A
 _UNKNOWN = -1
@@ -57,7 +58,7 @@ class TokenBlock:
     """The ids of a block's documents, without special tokens."""
 
     ids: Ids
-    """All documents one behind the other, [T]; uint16 where the vocabulary allows it."""
+    """All documents one behind the other, [T], read-only; uint16 where the vocabulary allows it."""
     sentence_ends: IntArray
     """Offset into `ids` behind each sentence, ascending, [Q]; no sentence is empty."""
     document_ends: IntArray
@@ -102,7 +103,9 @@ class WordEncoder:
         data = np.frombuffer(block.text, np.uint8)
         if not len(data):
             nothing = np.zeros(0, np.int64)
-            return TokenBlock(self._array([]), nothing, nothing, MergeCounts())
+            return TokenBlock(
+                pa.array([], self._id_type).to_numpy(), nothing, nothing, MergeCounts()
+            )
         word_ends = self._ends_of_words(block.text, data)
         words = binary_array(block.text, word_ends)
         codes = self._codes(words)
@@ -126,10 +129,8 @@ class WordEncoder:
             ids, sentence_ends = self._encode_sentences(words, sentences)
         else:
             lists = self._lists.take(pa.array(codes))
-            ids, sentence_ends = (
-                lists.values.to_numpy(),
-                list_offsets(lists)[sentences].astype(np.int64),
-            )
+            ids = lists.values.to_numpy()
+            sentence_ends = list_offsets(lists)[sentences].astype(np.int64)
         return _without_empty(ids, sentence_ends, document_ends, counts)
 
     def _ends_of_words(self, text: bytes, data: Bytes) -> IntArray:
@@ -177,19 +178,18 @@ class WordEncoder:
         text = data.tobytes()
         ends = word_ends[sentences - 1].tolist()
         texts = [text[a:b].rstrip(b" \n").decode() for a, b in zip([0, *ends], ends, strict=False)]
-        lists = self._tokenizer.encode(texts)
-        counts = np.array([len(ids) for ids in lists], np.int64)
-        flat = [token for ids in lists for token in ids]
-        return self._array(flat), np.cumsum(counts)
+        ids = [pa.array([], self._id_type)]
+        counts: list[int] = []
+        for first in range(0, len(texts), SENTENCES_PER_CALL):
+            lists = self._tokenizer.encode(texts[first : first + SENTENCES_PER_CALL])
+            counts += map(len, lists)
+            ids.append(pa.array([token for tokens in lists for token in tokens], self._id_type))
+        return pa.concat_arrays(ids).to_numpy(), np.cumsum(np.array(counts, np.int64))
 
     def _forget(self) -> None:
         self._keys = pa.array([], pa.binary())
         self._lists = pa.array([], pa.list_(self._id_type))
         self._ends = self._starts = np.zeros(0, np.int8)
-
-    def _array(self, ids: Sequence[int]) -> Ids:
-        array: Ids = pa.array(ids, self._id_type).to_numpy()
-        return array
 
 
 def _classify_ends(words: pa.BinaryArray) -> npt.NDArray[np.int8]:

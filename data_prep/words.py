@@ -93,6 +93,9 @@ class WordPieces:
         self._sep = tokenizer.special_tokens["sep"]
         self._sep_id = tokenizer.special_token_ids["sep"]
         self._vocabulary = _whole_words(content["model"])
+        # WordPiece gives [UNK] for every longer stem: one character more is as good as a million.
+        limit = content["model"].get("max_input_chars_per_word")
+        self._longest = None if limit is None else limit + 1
         self._forget()
 
     def lists(self, words: pa.BinaryArray) -> pa.ListArray:
@@ -153,7 +156,7 @@ class WordPieces:
         ids: list[int] = []
         counts: list[IntArray] = []
         for first in range(0, len(stems), WORDS_PER_CALL):
-            some = stems[first : first + WORDS_PER_CALL]
+            some = [stem[: self._longest] for stem in stems[first : first + WORDS_PER_CALL]]
             encoding = self._bare.encode(b" ".join(some).decode(), add_special_tokens=False)
             ids += encoding.ids
             counts.append(np.bincount(np.array(encoding.word_ids, np.int64), minlength=len(some)))

@@ -138,6 +138,20 @@ def test_copies_in_the_shadow_of_an_unlike_document_are_found(tmp_path: Path) ->
     assert _flags(tmp_path / "own", rows, 0.6) == [False, False, True, True, False]
 
 
+def test_copies_in_the_shadow_of_others_in_every_band_are_found(tmp_path: Path) -> None:
+    # Each band of the last two is also that of an earlier document, unlike in its other bands.
+    probe = NearDuplicates(tmp_path / "probe", 0.6, PERM)
+    probe.add(_rows(range(0)))
+    bands = probe._band_ends
+    probe.close()
+    rows = np.full((len(bands) + 2, PERM), 5, np.uint32)
+    for index, (start, end) in enumerate(bands):
+        rows[index] = 100 + index
+        rows[index, start:end] = 5
+    flags = _flags(tmp_path / "own", rows, 0.6, block=99)
+    assert flags == [False] * (len(bands) + 1) + [True]
+
+
 def test_threshold_one_finds_equal_signatures(tmp_path: Path) -> None:
     rows = _rows(range(0), range(1), range(0))
     assert _flags(tmp_path / "own", rows, 1.0) == [False, False, True]

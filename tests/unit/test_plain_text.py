@@ -59,6 +59,18 @@ def test_the_quick_test_never_misses_and_is_sure_only_when_right(texts: list[str
         assert surely[index] or perhaps[index] or not is_changed, ascii(text)
 
 
+def test_the_quick_test_misses_no_single_character() -> None:
+    # Every character below the ideographs' extension A, and the edges, alone among clean ones.
+    texts = [f"a{character}b" for character in [*map(chr, range(0x3400)), *EDGES]]
+    encoded = [text.encode("utf-8", "surrogatepass") + b"\n" for text in texts]
+    buffer = np.frombuffer(b"".join(encoded), np.uint8)
+    surely, perhaps = find_unclean(buffer, np.cumsum([len(text) for text in encoded]))
+    is_changed = np.array([normalise(text) != text for text in texts])
+    assert not (surely & ~is_changed).any()
+    assert not (is_changed & ~surely & ~perhaps).any()
+    assert [is_plain(text) for text in texts] == (~is_changed).tolist()
+
+
 def test_common_punctuation_needs_no_second_look() -> None:
     text = "\u201cna\u00efve\u201d \u2013 it\u2019s 5 \u20ac\u2026".encode() + b"\n"
     surely, perhaps = find_unclean(np.frombuffer(text, np.uint8), np.array([len(text)]))

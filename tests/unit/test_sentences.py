@@ -97,6 +97,19 @@ def test_beginnings_of_words(word: str, start: WordStart) -> None:
     assert word_start(word) == start
 
 
+def test_runs_of_ideographic_marks_stay_together() -> None:
+    assert split_sentences("\u4f60\u3002\u3002 \u518d\u3002\u300d \u597d") == [
+        "\u4f60\u3002\u3002",
+        "\u518d\u3002\u300d",
+        "\u597d",
+    ]
+
+
+@pytest.mark.parametrize("mark", [".", "?", "\u3002", "'", ":", "a."])
+def test_long_words_of_marks_take_linear_time(mark: str) -> None:
+    assert len(split_sentences(f"{mark * 200_000}x. {mark * 200_000} X")) <= 3
+
+
 def test_line_end_always_ends_a_sentence() -> None:
     assert split_document("A title\nIt begins. It ends") == ["A title", "It begins.", "It ends"]
 

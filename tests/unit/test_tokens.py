@@ -161,7 +161,7 @@ def test_large_vocabularies_have_32_bit_ids() -> None:
 
 @pytest.mark.parametrize("name", ["uncased", "other pre-tokenizer"])
 def test_merge_rules_apply_before_tokens(name: str) -> None:
-    texts = ["The cat. A cab! ... The cat, a cab.\nHe.", "- -"]
+    texts = ["The cat. A cab! (...) The cat, a cab.\nHe.", "- -"]
     rules = MergeRules(min_words=3, max_words=5, min_chars=4)
     block = WordEncoder(TOKENIZERS[name], merge=rules).encode(TextBlock.from_texts(texts))
     sentences = np.split(block.ids, block.sentence_ends[:-1])
@@ -170,6 +170,14 @@ def test_merge_rules_apply_before_tokens(name: str) -> None:
     assert block.document_ends.tolist() == [2]
     counts = block.merge_counts
     assert (counts.punctuation_only, counts.merged, counts.too_short) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["uncased", "other pre-tokenizer"])
+def test_rules_may_drop_everything(name: str) -> None:
+    encoder = WordEncoder(TOKENIZERS[name], merge=MergeRules(min_chars=99))
+    block = encoder.encode(TextBlock.from_texts(["The cat.", "- -\nHe"]))
+    assert _parts(block) == ([], [], [])
+    assert block.merge_counts.too_short == 2
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizer").exists(), reason="needs ../shared/data/tokenizer")
