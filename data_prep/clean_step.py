@@ -168,7 +168,6 @@ def _drop(
     text = TextBlock(arrays["text"].tobytes(), arrays["paragraph_counts"])
     owners = np.repeat(np.arange(text.num_documents), text.paragraph_counts)
     is_dropped = np.zeros(len(owners), np.bool_)
-    lengths = _characters(text)
     rules = {"document": "duplicate_document", "paragraph": "duplicate_paragraph", "none": ""}
     for rule, flags, of_documents in (
         (rules[dedup], is_repeated, dedup == "document"),
@@ -180,7 +179,7 @@ def _drop(
         before = len(np.unique(owners[~is_dropped]))
         is_dropped |= now
         after = len(np.unique(owners[~is_dropped]))
-        characters = int(lengths[now].sum())
+        characters = _num_characters(text, now)
         if of_documents:
             funnel.add(rule, before - after, int(now.sum()), characters)
         else:
@@ -192,11 +191,12 @@ def _drop(
     return replace(block, num_documents=left.num_documents, num_bytes=len(left.text))
 
 
-def _characters(text: TextBlock) -> npt.NDArray[np.int64]:
-    """Code points of each paragraph without its line end, [P]."""
-    is_first_byte = (np.frombuffer(text.text, np.uint8) & 0xC0) != 0x80
-    before = np.concatenate([[0], np.cumsum(is_first_byte)])
-    return np.asarray(np.diff(before[text.paragraph_ends], prepend=0) - 1, np.int64)
+def _num_characters(text: TextBlock, is_chosen: BoolArray) -> int:
+    """Code points of some paragraphs, [P], without their line ends."""
+    ends = text.paragraph_ends
+    starts = np.concatenate([[0], ends[:-1]])
+    chosen = zip(starts[is_chosen].tolist(), ends[is_chosen].tolist(), strict=True)
+    return sum(len(text.text[a : b - 1].decode("utf-8")) for a, b in chosen)
 
 
 def _load(out: Path, index: int, *names: str) -> dict[str, npt.NDArray[Any]]:

@@ -61,6 +61,8 @@ class ShardHead:
     has_labels: bool
     rows_at_once: int
     """Rows of a block, whole HDF5 chunks of them."""
+    tokenizer_sha256: str | None = None
+    """The vocabulary behind the ids, where the file says so."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +137,7 @@ def inspect_foreign(path: Path) -> ShardHead:
                 has_masks=has_masks,
                 has_labels=LABELS in info.dtypes,
                 rows_at_once=_whole_chunks(file["input_ids"], info.max_seq_length),
+                tokenizer_sha256=info.tokenizer_sha256,
             )
     except HDF5_ERRORS as error:
         raise unreadable(path, error) from error

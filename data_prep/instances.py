@@ -97,8 +97,8 @@ class RowBuilder:
         pairs: list[Pair] = []
         for index in range(sentences.num_documents):
             position, stop = sentences.of_document(index)
+            target = self._target(room, generator)  # Google draws it once a document
             while position < stop:
-                target = self._target(room, generator)
                 last = sentences.gather(position, stop, target)
                 size = last + 1 - position
                 middle = position + 1 + (int(generator.random() * (size - 1)) if size > 1 else 0)
@@ -140,8 +140,9 @@ class RowBuilder:
         pairs: list[Pair] = []
         for index in range(sentences.num_documents):
             position, stop = sentences.of_document(index)
+            target = self._target(room, generator)
             while position < stop:
-                last = sentences.gather(position, stop, self._target(room, generator))
+                last = sentences.gather(position, stop, target)
                 start, end = sentences.span(position, last + 1)
                 size = last + 1 - position
                 if size > 1:

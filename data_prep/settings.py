@@ -70,7 +70,7 @@ class PrepareSettings:
         "none",
         choices=("none", "nsp", "lines", "sop"),
     )
-    short_seq_prob: float = flag("share of shorter pairs", 0.1, metavar="P")
+    short_seq_prob: float = flag("share of documents with shorter pairs", 0.1, metavar="P")
     dupe_factor: int = flag("times that the text is used, with other masks", 1, metavar="N")
     static_masks: bool = flag("masks in the files: NVIDIA's dialect", False)
     whole_word: bool = flag("static masks hide whole words", False)

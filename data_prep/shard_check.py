@@ -4,14 +4,15 @@ Files are read once, in blocks: memory stays flat. Every kind of fault is told o
 first row that has it and the number of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.dialects import inspect_foreign, read_rows
+from data_prep.dialects import ShardHead, inspect_foreign, read_rows
 from data_prep.errors import DataError, ShardError
+from data_prep.isolated import Isolated
 from data_prep.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.shard_format import (
     IN_PROGRESS,
@@ -39,7 +40,13 @@ _LEAST_MASK_SHARE = 0.4
 _LEAST_MASKS = 100
 # [MASK] where nothing is masked is a literal "[MASK]" of the text, and rare.
 _MOST_STRAY_SHARE = 0.01
+# Variable-length rows are read in another process, which is given up after this.
+_PATIENCE_SECONDS = 60.0
+_LEAST_BYTES_A_SECOND = 1e5
 _OF_VOCABULARY = ("tokenizer_sha256", "the id of [CLS]", "the id of [SEP]")
+
+_Job = tuple[ShardHead, KnownIds | None]
+_Result = tuple[list[str], dict[str, object]]
 
 
 def check_folder(data_dir: Path) -> list[str]:
@@ -66,18 +73,25 @@ def check_folder(data_dir: Path) -> list[str]:
             f"{data_dir}: holds no shard (a .hdf5 file with train, part_, valid or test in its "
             "name)"
         )
-    if manifest is None:
-        return faults + _check_alone(paths)
-    ids = known_ids(manifest.vocab_size, manifest.special_token_ids)
-    faults += _check_manifest(data_dir, manifest) + _check_tokenizer(data_dir, manifest)
-    for path in paths:
-        faults += _check_rows(path, ids)
+    ids = None
+    if manifest is not None:
+        ids = known_ids(manifest.vocab_size, manifest.special_token_ids)
+        faults += _check_manifest(data_dir, manifest) + _check_tokenizer(data_dir, manifest)
+    seen: dict[str, tuple[Path, object]] = {}
+    with Isolated(_check_rows) as isolated:
+        for path in paths:
+            told, signature = _check_file(path, ids, isolated)
+            faults += told
+            if manifest is None:
+                faults += _differences(path, signature, seen)
     return faults
 
 
 def check_shard(path: Path, vocab_size: int | None = None) -> list[str]:
     """Return every fault of one file; `vocab_size` None: ids have no upper bound."""
-    return _check_rows(path, KnownIds(vocab_size=vocab_size), is_foreign=True)
+    with Isolated(_check_rows) as isolated:
+        faults, _ = _check_file(path, KnownIds(vocab_size=vocab_size), isolated)
+    return faults
 
 
 @dataclass
@@ -100,17 +114,32 @@ class _Faults:
         ]
 
 
-def _check_rows(path: Path, ids: KnownIds, *, is_foreign: bool = False) -> list[str]:
-    """Return the faults of a file's values; the special ids of a foreign file are guessed."""
-    faults = _Faults(path)
-    broken: list[str] = []
-    counts = np.zeros(3, np.int64)
+def _check_file(path: Path, ids: KnownIds | None, isolated: Isolated[_Job, _Result]) -> _Result:
+    """Return the faults of a file's values and what it has in common with its neighbours."""
     try:
         head = inspect_foreign(path)
+        if head.max_seq_length:
+            return _check_rows((head, ids))
+        seconds = _PATIENCE_SECONDS + path.stat().st_size / _LEAST_BYTES_A_SECOND
+    except ShardError as error:
+        return [str(error)], {}
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror or error}"], {}
+    result = isolated.run((head, ids), seconds)
+    return result or ([f"{path}: corrupt: the HDF5 library crashes or hangs on its rows"], {})
+
+
+def _check_rows(job: _Job) -> _Result:
+    """Return the faults of a file's values; special ids that are not known are guessed."""
+    head, known = job
+    path, faults = head.path, _Faults(head.path)
+    broken: list[str] = []
+    counts = np.zeros(3, np.int64)
+    ids = known if known is not None and known.mask is not None else None
+    try:
         for block in read_rows(head):
-            if is_foreign:
-                ids = replace(infer_ids(block), vocab_size=ids.vocab_size)
-                is_foreign = False
+            if ids is None:
+                ids = replace(infer_ids(block), vocab_size=known.vocab_size if known else None)
             for fault in row_faults(block, ids):
                 first = int(np.flatnonzero(fault.is_bad)[0])
                 count = int(np.count_nonzero(fault.is_bad))
@@ -119,55 +148,57 @@ def _check_rows(path: Path, ids: KnownIds, *, is_foreign: bool = False) -> list[
                 counts += count_masks(block, ids.mask)
     except ShardError as error:
         broken = [str(error)]
-    masked, hidden, anywhere = counts.tolist()
+    if ids is not None:
+        broken += _mask_share_faults(path, ids, *counts.tolist())
+    return (broken + faults.lines())[:_MOST_FAULTS], _signature(head, ids)
+
+
+def _mask_share_faults(
+    path: Path, ids: KnownIds, masked: int, hidden: int, anywhere: int
+) -> list[str]:
+    """Judge how often [MASK] stands at masked positions (`hidden` of `masked`), and elsewhere."""
     if masked >= _LEAST_MASKS and hidden < _LEAST_MASK_SHARE * masked:
-        broken.append(
+        return [
             f"{path}: [MASK] ({ids.mask}) stands at {hidden:,} of {masked:,} masked positions; "
             "about 80 % is BERT's rule: the positions do not belong to these rows"
-        )
-    elif anywhere - hidden > max(_LEAST_MASKS, _MOST_STRAY_SHARE * hidden):
-        broken.append(
+        ]
+    if anywhere - hidden > max(_LEAST_MASKS, _MOST_STRAY_SHARE * hidden):
+        return [
             f"{path}: [MASK] ({ids.mask}) stands {anywhere - hidden:,} times where "
             "masked_lm_positions points nowhere: masks were lost"
-        )
-    return (broken + faults.lines())[:_MOST_FAULTS]
+        ]
+    return []
 
 
-def _check_alone(paths: Sequence[Path]) -> list[str]:
-    """Check shards without manifest: each for itself, and whether they belong together."""
-    faults: list[str] = []
-    seen: dict[str, tuple[Path, object]] = {}
-    for path in paths:
-        faults += _check_rows(path, KnownIds(), is_foreign=True)
-        for what, value in _signature(path).items():
-            # MLPerf packs its training rows only: splits may differ in form, not in vocabulary.
-            key = what if what in _OF_VOCABULARY else f"{split_of(path.name)} {what}"
-            first, expected = seen.setdefault(key, (path, value))
-            if value != expected:
-                faults.append(
-                    f"{path}: {what} is {value} here and {expected} in {first.name}: these shards "
-                    "were not made together"
-                )
-    return faults
-
-
-def _signature(path: Path) -> dict[str, object]:
-    """Return what shards of one folder have in common; nothing of an unreadable one."""
-    try:
-        head = inspect_foreign(path)
-        ids = infer_ids(next(read_rows(head)))
-        digest = None if head.max_seq_length == 0 else inspect_shard(path).tokenizer_sha256
-    except ShardError:
-        return {}
-    return {
+def _signature(head: ShardHead, ids: KnownIds | None) -> dict[str, object]:
+    """Return what shards of one folder have in common."""
+    signature: dict[str, object] = {
         "the dialect": head.dialect,
         "S": head.max_seq_length,
         "P": head.max_predictions_per_seq,
         "next_sentence_labels": "there" if head.has_labels else "missing",
-        "tokenizer_sha256": digest,
-        "the id of [CLS]": ids.cls,
-        "the id of [SEP]": ids.sep,
+        "tokenizer_sha256": head.tokenizer_sha256,
     }
+    if ids is not None:
+        signature |= {"the id of [CLS]": ids.cls, "the id of [SEP]": ids.sep}
+    return signature
+
+
+def _differences(
+    path: Path, signature: Mapping[str, object], seen: dict[str, tuple[Path, object]]
+) -> list[str]:
+    """Return in what a shard differs from the first of its folder; `seen` is filled."""
+    faults = []
+    for what, value in signature.items():
+        # MLPerf packs its training rows only: splits may differ in form, not in vocabulary.
+        key = what if what in _OF_VOCABULARY else f"{split_of(path.name)} {what}"
+        first, expected = seen.setdefault(key, (path, value))
+        if value != expected:
+            faults.append(
+                f"{path}: {what} is {value} here and {expected} in {first.name}: these shards were "
+                "not made together"
+            )
+    return faults
 
 
 def _check_manifest(data_dir: Path, manifest: Manifest) -> list[str]:

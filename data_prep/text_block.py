@@ -66,4 +66,10 @@ class TextBlock:
 
     def select(self, is_kept: BoolArray) -> "TextBlock":
         """Return the block with only some of its documents, [D]."""
-        return self.without(np.repeat(~is_kept, self.paragraph_counts))
+        if is_kept.all():
+            return self
+        # Whole runs of documents are copied at once.
+        edges = np.flatnonzero(np.diff(is_kept, prepend=False, append=False)).reshape(-1, 2)
+        starts = np.concatenate([[0], self.document_ends])
+        text = b"".join(self.text[starts[a] : starts[b]] for a, b in edges.tolist())
+        return TextBlock(text, self.paragraph_counts[is_kept])

@@ -6,12 +6,13 @@ from pathlib import Path
 from stacking.config import BertConfig
 from stacking.errors import CheckpointError, ConfigError
 
+# BERT's names first; the others are those of byte-level vocabularies such as RoBERTa's.
 SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
+    "unk_token": ("[UNK]", "<unk>"),
+    "sep_token": ("[SEP]", "</s>", "<sep>"),
+    "pad_token": ("[PAD]", "<pad>"),
+    "cls_token": ("[CLS]", "<s>", "<cls>"),
+    "mask_token": ("[MASK]", "<mask>"),
 }
 
 
@@ -26,12 +27,15 @@ def write_tokenizer(source: Path, folder: Path, config: BertConfig, *, has_segme
         raise CheckpointError(f"export: {path} is missing; give the folder of the run's tokenizer")
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
-    ids |= {token: tokenizer["model"]["vocab"][token] for token in SPECIAL_TOKENS.values()
-            if token in tokenizer["model"]["vocab"]}  # fmt: skip
-    _check_vocabulary(tokenizer["model"]["vocab"], ids, config, path)
+    ids |= tokenizer["model"]["vocab"]
+    special = {
+        role: next((name for name in names if name in ids), names[0])
+        for role, names in SPECIAL_TOKENS.items()
+    }
+    _check_vocabulary(ids, special, config, path)
     tokenizer |= {"padding": None, "truncation": None}
     if tokenizer.get("post_processor") is None:
-        tokenizer["post_processor"] = _bert_template(ids)
+        tokenizer["post_processor"] = _bert_template(ids, special)
     _write_json(folder / "tokenizer.json", tokenizer)
     names = ["input_ids", "token_type_ids", "attention_mask"]
     if not has_segments:
@@ -41,47 +45,49 @@ def write_tokenizer(source: Path, folder: Path, config: BertConfig, *, has_segme
         "model_max_length": config.max_position_embeddings,
         "model_input_names": names,
         "clean_up_tokenization_spaces": True,
-        **SPECIAL_TOKENS,
+        **special,
     }
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "special_tokens_map.json", SPECIAL_TOKENS)
+    _write_json(folder / "special_tokens_map.json", special)
     vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
     lines = "".join(f"{token}\n" for token, _ in vocabulary)
     (folder / "vocab.txt").write_text(lines, encoding="utf-8")
 
 
 def _check_vocabulary(
-    vocabulary: dict[str, int], ids: dict[str, int], config: BertConfig, path: Path
+    ids: dict[str, int], special: dict[str, str], config: BertConfig, path: Path
 ) -> None:
-    faults = [f"{path}: no token {token}" for token in SPECIAL_TOKENS.values() if token not in ids]
-    largest = max(vocabulary.values())
+    faults = [f"{path}: no token {token}" for token in special.values() if token not in ids]
+    largest = max(ids.values())
     if largest >= config.vocab_size:
         faults.append(
             f"{path}: largest id {largest}, but model.vocab_size is {config.vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
-    if ids.get("[PAD]", config.pad_token_id) != config.pad_token_id:
+    pad = special["pad_token"]
+    if ids.get(pad, config.pad_token_id) != config.pad_token_id:
         faults.append(
-            f"{path}: [PAD] is {ids['[PAD]']}, but model.pad_token_id is {config.pad_token_id}"
+            f"{path}: {pad} is {ids[pad]}, but model.pad_token_id is {config.pad_token_id}"
         )
     if faults:
         raise ConfigError(faults)
 
 
-def _bert_template(ids: dict[str, int]) -> dict[str, object]:
+def _bert_template(ids: dict[str, int], names: dict[str, str]) -> dict[str, object]:
     """`[CLS] A [SEP]` and `[CLS] A [SEP] B [SEP]` in the format of the tokenizers library."""
+    cls, sep = names["cls_token"], names["sep_token"]
 
     def special(token: str, segment: int) -> dict[str, object]:
         return {"SpecialToken": {"id": token, "type_id": segment}}
 
     first: dict[str, object] = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
-    single: list[dict[str, object]] = [special("[CLS]", 0), first, special("[SEP]", 0)]
-    tokens = {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in ("[CLS]", "[SEP]")}
+    single: list[dict[str, object]] = [special(cls, 0), first, special(sep, 0)]
+    tokens = {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in (cls, sep)}
     return {
         "type": "TemplateProcessing",
         "single": single,
-        "pair": [*single, second, special("[SEP]", 1)],
+        "pair": [*single, second, special(sep, 1)],
         "special_tokens": tokens,
     }
 

@@ -286,6 +286,21 @@ def test_foreign_folders_are_refused_by_field(
         load_pretrained(path.parent)
 
 
+def test_byte_level_names_of_the_special_tokens_are_kept(tmp_path: Path) -> None:
+    pieces = ["<pad>", "<unk>", "<s>", "</s>", "<mask>", "\u0120the", "\u0120cat", "s"]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.add_special_tokens(pieces[:5])
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    model = build({"pad_token_id": 0})
+    save_pretrained(model, model.config, tmp_path / "out", tmp_path / "tokenizer")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.cls_token, loaded.sep_token, loaded.mask_token_id) == ("<s>", "</s>", 4)
+    assert loaded("s", "s")["input_ids"][0] == 2
+    assert loaded("s", "s")["input_ids"].count(3) == 2
+
+
 def test_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     """More pieces than rows, or another padding id, would index the wrong vectors."""
     small = build({"vocab_size": 9})
