@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.dialects import LABELS, longest_row, read_rows
+from data_prep.dialects import LABELS, read_rows
 from data_prep.errors import DataError, ShardError
 from data_prep.flags import flag
-from data_prep.foreign_files import ForeignFolder, open_folder
+from data_prep.foreign_files import ForeignFolder, longest_rows, open_folder
 from data_prep.foreign_rows import ForeignRows, LabelPolarity, RowTarget
 from data_prep.masking import MaskingPolicy, hash_chain
 from data_prep.row_spool import RowSpool, in_groups
@@ -293,14 +293,11 @@ def _target(settings: ConvertSettings, folder: ForeignFolder) -> RowTarget:
         raise DataError(
             f"{folder.heads[0].path}: has no static masks to keep; draw them with --remask"
         )
-    is_measured = keeps_masks or not settings.max_seq_length
-    longest = [longest_row(head) for head in folder.heads] if is_measured else [(0, 0)]
-    length = settings.max_seq_length or max(tokens for tokens, _ in longest)
+    longest, most_masks = longest_rows(folder.heads)
+    length = settings.max_seq_length or longest
     return RowTarget(
         max_seq_length=length,
-        max_predictions_per_seq=max(1, min(max(masks for _, masks in longest), length))
-        if keeps_masks
-        else 0,
+        max_predictions_per_seq=max(1, min(most_masks, length)) if keeps_masks else 0,
         has_labels=folder.heads[0].has_labels,
         labels=settings.labels,
         may_truncate=settings.truncate,

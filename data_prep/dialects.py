@@ -158,22 +158,13 @@ def read_rows(head: ShardHead) -> Iterator[RowBlock]:
 
 
 def longest_row(head: ShardHead) -> tuple[int, int]:
-    """Return S and P that hold every sequence of the file; variable rows are read for it."""
+    """Return S and P that hold every sequence of a file; variable rows are read through for it."""
     if head.max_seq_length:
         return head.max_seq_length, head.max_predictions_per_seq
-    names = PACKED if head.dialect == "mlperf-packed" else ("input_ids", "masked_lm_positions")
     longest = [0, 0]
-    try:
-        with h5py.File(head.path, "r") as file:
-            for start in range(0, head.num_rows, head.rows_at_once):
-                rows = slice(start, start + head.rows_at_once)
-                for at, name in enumerate(names):
-                    values, lengths = _flat(file[name], rows)
-                    counts = values if name in PACKED else lengths
-                    longest[at] = max(longest[at], int(counts.max(initial=0)))
-    except HDF5_ERRORS as error:
-        raise unreadable(head.path, error) from error
-    _check_length(head.path, max(longest))
+    for block in read_rows(head):
+        tokens, masks = block.input_ids.shape[1], int(block.num_masked.max(initial=0))
+        longest = [max(longest[0], tokens), max(longest[1], masks)]
     return longest[0], longest[1]
 
 

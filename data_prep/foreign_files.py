@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.dialects import ShardHead, inspect_foreign
+from data_prep.dialects import ShardHead, inspect_foreign, longest_row
 from data_prep.errors import DataError, ShardError
+from data_prep.isolated import Isolated, crash_message, patience
 from data_prep.shard_format import Split, split_of
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -54,17 +55,33 @@ def open_folder(inputs: Sequence[Path], out: Path, validation_share: float) -> F
     return ForeignFolder(tuple(zip(heads, splits, strict=True)), held_out_every)
 
 
-def find_files(inputs: Sequence[Path], out: Path) -> list[tuple[Path, Split]]:
+def longest_rows(heads: Sequence[ShardHead]) -> tuple[int, int]:
+    """Return S and P that hold every row of all files.
+
+    Variable rows are read through in another process first: damage may crash the HDF5 library.
+    """
+    longest = [0, 0]
+    with Isolated(_measure) as isolated:
+        for head in heads:
+            is_fixed = head.max_seq_length > 0
+            found = _measure(head) if is_fixed else isolated.run(head, patience(head.path))
+            if found is None or isinstance(found, str):
+                raise ShardError(found or crash_message(head.path))
+            longest = [max(pair) for pair in zip(longest, found, strict=True)]
+    return longest[0], longest[1]
+
+
+def find_files(inputs: Sequence[Path], out: Path | None = None) -> list[tuple[Path, Split]]:
     """Return the HDF5 files among `inputs` and inside its folders but not in `out`, in the order of
-    the numbers in their names, each with its split.
+    the numbers in their names, each with its split; none is a DataError.
     """
     found: list[tuple[Path, Split]] = []
     for path in inputs:
         if path.is_dir():
-            candidates = (
-                one for one in path.rglob("*") if out.resolve() not in one.resolve().parents
-            )
-            inside = [one for one in candidates if _is_shard(one, path)]
+            inside = [one for one in path.rglob("*") if _is_shard(one, path)]
+            if out is not None:
+                ours = out.resolve()
+                inside = [one for one in inside if ours not in one.resolve().parents]
             inside.sort(key=lambda one: _natural(one.relative_to(path).as_posix()))
             found += [(one, _split(one.relative_to(path))) for one in inside]
         elif path.is_file():
@@ -74,6 +91,14 @@ def find_files(inputs: Sequence[Path], out: Path) -> list[tuple[Path, Split]]:
     if not found:
         raise DataError(f"{_names(inputs)}: no HDF5 file in it, at any depth")
     return found
+
+
+def _measure(head: ShardHead) -> tuple[int, int] | str:
+    """Return S and P of one file, or what is wrong with it."""
+    try:
+        return longest_row(head)
+    except ShardError as error:
+        return str(error)
 
 
 def _is_shard(path: Path, root: Path) -> bool:

@@ -6,11 +6,26 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+# A file is given up after this; reading is two orders of magnitude faster.
+_PATIENCE_SECONDS = 60.0
+_LEAST_BYTES_A_SECOND = 1e5
+
+
+def patience(path: Path) -> float:
+    """Return the seconds that reading a file may take before it is taken for damaged."""
+    return _PATIENCE_SECONDS + path.stat().st_size / _LEAST_BYTES_A_SECOND
+
+
+def crash_message(path: Path) -> str:
+    """Return what a `None` of `Isolated.run` means for the file that was read."""
+    return f"{path}: corrupt: the HDF5 library crashes or hangs on its rows"
 
 
 class Isolated(Generic[Job, Result]):

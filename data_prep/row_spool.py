@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 # One bucket is sorted in memory; open files are few enough for any limit.
-_BUCKET_BYTES = 64 << 20
+_BUCKET_BYTES = 32 << 20
 _MOST_BUCKETS = 256
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from data_prep.dialects import ShardHead, inspect_foreign, read_rows
 from data_prep.errors import DataError, ShardError
-from data_prep.isolated import Isolated
+from data_prep.foreign_files import find_files
+from data_prep.isolated import Isolated, crash_message, patience
 from data_prep.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.shard_format import (
     IN_PROGRESS,
@@ -40,9 +41,6 @@ _LEAST_MASK_SHARE = 0.4
 _LEAST_MASKS = 100
 # [MASK] where nothing is masked is a literal "[MASK]" of the text, and rare.
 _MOST_STRAY_SHARE = 0.01
-# Variable-length rows are read in another process, which is given up after this.
-_PATIENCE_SECONDS = 60.0
-_LEAST_BYTES_A_SECOND = 1e5
 _OF_VOCABULARY = ("tokenizer_sha256", "the id of [CLS]", "the id of [SEP]")
 
 _Job = tuple[ShardHead, KnownIds | None]
@@ -57,7 +55,7 @@ def check_folder(data_dir: Path) -> list[str]:
         return [f"{data_dir}: no such folder"]
     try:
         manifest = read_manifest(data_dir)
-        paths = [path for split in SPLITS for path in find_shards(data_dir, split)]
+        paths = _shards(data_dir, manifest)
     except OSError as error:
         return [f"{data_dir}: cannot be read: {error.strerror or error}"]
     except ShardError as error:
@@ -70,7 +68,7 @@ def check_folder(data_dir: Path) -> list[str]:
         )
     if not paths:
         faults.append(
-            f"{data_dir}: holds no shard (a .hdf5 file with train, part_, valid or test in its "
+            f"{data_dir}: holds no shard (an HDF5 file with train, part_, valid or test in its "
             "name)"
         )
     ids = None
@@ -79,11 +77,11 @@ def check_folder(data_dir: Path) -> list[str]:
         faults += _check_manifest(data_dir, manifest) + _check_tokenizer(data_dir, manifest)
     seen: dict[str, tuple[Path, object]] = {}
     with Isolated(_check_rows) as isolated:
-        for path in paths:
+        for path, split in paths:
             told, signature = _check_file(path, ids, isolated)
             faults += told
             if manifest is None:
-                faults += _differences(path, signature, seen)
+                faults += _differences(path, split, signature, seen)
     return faults
 
 
@@ -92,6 +90,16 @@ def check_shard(path: Path, vocab_size: int | None = None) -> list[str]:
     with Isolated(_check_rows) as isolated:
         faults, _ = _check_file(path, KnownIds(vocab_size=vocab_size), isolated)
     return faults
+
+
+def _shards(data_dir: Path, manifest: Manifest | None) -> list[tuple[Path, Split]]:
+    """Return the files to check: ours by name, anybody's at any depth, as `convert` finds them."""
+    if manifest is not None:
+        return [(path, split) for split in SPLITS for path in find_shards(data_dir, split)]
+    try:
+        return find_files([data_dir])
+    except DataError:
+        return []
 
 
 @dataclass
@@ -120,13 +128,13 @@ def _check_file(path: Path, ids: KnownIds | None, isolated: Isolated[_Job, _Resu
         head = inspect_foreign(path)
         if head.max_seq_length:
             return _check_rows((head, ids))
-        seconds = _PATIENCE_SECONDS + path.stat().st_size / _LEAST_BYTES_A_SECOND
+        seconds = patience(path)
     except ShardError as error:
         return [str(error)], {}
     except OSError as error:
         return [f"{path}: cannot be read: {error.strerror or error}"], {}
-    result = isolated.run((head, ids), seconds)
-    return result or ([f"{path}: corrupt: the HDF5 library crashes or hangs on its rows"], {})
+    # Damaged variable-length rows crash the library, or never end.
+    return isolated.run((head, ids), seconds) or ([crash_message(path)], {})
 
 
 def _check_rows(job: _Job) -> _Result:
@@ -185,13 +193,16 @@ def _signature(head: ShardHead, ids: KnownIds | None) -> dict[str, object]:
 
 
 def _differences(
-    path: Path, signature: Mapping[str, object], seen: dict[str, tuple[Path, object]]
+    path: Path,
+    split: Split,
+    signature: Mapping[str, object],
+    seen: dict[str, tuple[Path, object]],
 ) -> list[str]:
     """Return in what a shard differs from the first of its folder; `seen` is filled."""
     faults = []
     for what, value in signature.items():
         # MLPerf packs its training rows only: splits may differ in form, not in vocabulary.
-        key = what if what in _OF_VOCABULARY else f"{split_of(path.name)} {what}"
+        key = what if what in _OF_VOCABULARY else f"{split} {what}"
         first, expected = seen.setdefault(key, (path, value))
         if value != expected:
             faults.append(

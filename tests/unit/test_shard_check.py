@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_prep import shard_check
+from data_prep import isolated, shard_check
+from data_prep.dialects import inspect_foreign
 from data_prep.instances import row_type
 from data_prep.masking import MaskingPolicy
+from data_prep.row_checks import KnownIds
 from data_prep.shard_check import check_folder, check_shard
 from data_prep.shard_format import Manifest, write_manifest
 from data_prep.shard_writer import ShardLayout, write_shard
@@ -164,7 +166,13 @@ def test_sound_foreign_folder_has_no_fault(
 ) -> None:
     for index in range(2):
         write_foreign(tmp_path / f"part_{index}.hdf5", dialect, make_sequences(200, index))
+    write_foreign(tmp_path / "eval/output_00000", "mlperf-varlength", make_sequences(9, 5))
     assert check_folder(tmp_path) == []
+    with h5py.File(tmp_path / "part_1.hdf5", "r+") as file:
+        spoiled = file["segment_ids"][3].copy()
+        spoiled[1] = -2
+        file["segment_ids"][3] = spoiled
+    assert "part_1.hdf5: row 3: segment_ids holds -2" in check_folder(tmp_path)[0]
 
 
 def test_folder_of_two_tokenizers_is_named_without_a_manifest(
@@ -263,26 +271,23 @@ def test_masks_of_other_rows_are_told_by_the_place_of_mask(
     path = write_foreign(tmp_path / "train_0.hdf5", "nvidia", make_sequences(300, 8))
     with h5py.File(path, "r+") as file:
         file["input_ids"][:] = np.where(file["input_ids"][:] == 4, 40, file["input_ids"][:])
-    (tmp_path / "a").mkdir()
-    tokens = file_faults(path, mask=4)
-    assert any("[MASK] (4) stands at 0 of" in fault for fault in tokens), tokens
+    assert any("[MASK] (4) stands at 0 of" in fault for fault in _file_faults(path))
     with h5py.File(path, "r+") as file:
         file["masked_lm_positions"][:] = 0
         file["masked_lm_ids"][:] = 0
         ids: npt.NDArray[np.int32] = file["input_ids"][:]
         file["input_ids"][:] = np.where(ids == 40, 4, ids)
-    assert any("masks were lost" in fault for fault in file_faults(path, mask=4))
+    assert any("masks were lost" in fault for fault in _file_faults(path))
 
 
-def file_faults(path: Path, mask: int) -> list[str]:
+def _file_faults(path: Path) -> list[str]:
     """The faults of a file whose special ids are known."""
-    head = shard_check.inspect_foreign(path)
-    ids = shard_check.KnownIds(vocab_size=100, pad=0, cls=2, sep=3, mask=mask)
-    return shard_check._check_rows((head, ids))[0]
+    ids = KnownIds(vocab_size=100, pad=0, cls=2, sep=3, mask=4)
+    return shard_check._check_rows((inspect_foreign(path), ids))[0]
 
 
 def test_damaged_files_end_in_one_line_faults(
-    tmp_path: Path, make_sequences: Make, write_foreign: Write, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_sequences: Make, write_foreign: Write
 ) -> None:
     """Bytes flipped, files cut: fixed rows here; variable ones in the test of isolation."""
     generator = random.Random(5)
@@ -308,7 +313,8 @@ def test_renamed_and_missing_datasets_end_in_one_fault(
 ) -> None:
     for dialect in DIALECTS:
         path = tmp_path / "train_0.hdf5"
-        names = list(h5py.File(write_foreign(path, dialect, make_sequences(9, 1))))
+        with h5py.File(write_foreign(path, dialect, make_sequences(9, 1))) as file:
+            names = list(file)
         for name in names:
             write_foreign(path, dialect, make_sequences(9, 1))
             with h5py.File(path, "r+") as file:
@@ -324,8 +330,8 @@ def test_rows_that_hang_the_library_are_given_up(
     tmp_path: Path, make_sequences: Make, write_foreign: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_foreign(tmp_path / "part_0.hdf5", "mlperf-packed", make_sequences(9, 1))
-    monkeypatch.setattr(shard_check, "_PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(shard_check, "_LEAST_BYTES_A_SECOND", 1e12)
+    monkeypatch.setattr(isolated, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(isolated, "_LEAST_BYTES_A_SECOND", 1e12)
     assert check_folder(tmp_path) == [
         f"{path}: corrupt: the HDF5 library crashes or hangs on its rows"
     ]
