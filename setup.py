@@ -21,7 +21,16 @@ setup(
     description="Pre-trains BERT progressively on DeepSpeed: small first, then grown in one job.",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["data_prep", "stacking", "stacking.growth"],
+    packages=[
+        "data_prep",
+        "data_prep.cleaning",
+        "data_prep.foreign",
+        "data_prep.report",
+        "data_prep.sources",
+        "data_prep.tokens",
+        "stacking",
+        "stacking.growth",
+    ],
     # Lower bounds are what the tests run with (constraints.txt), or, where that has no build for
     # Python 3.10, what pip takes there. Older releases may work; nobody has tried.
     install_requires=[

@@ -25,10 +25,10 @@ from pathlib import Path
 import h5py
 import psutil
 
-from data_prep.clean import CleaningRules, clean_documents
-from data_prep.funnel import Funnel
-from data_prep.sentences import split_document
-from data_prep.sources import SourceOptions, find_files, parse_block, read_blocks
+from data_prep.cleaning.clean import CleaningRules, clean_documents
+from data_prep.cleaning.funnel import Funnel
+from data_prep.sources.blocks import SourceOptions, find_files, parse_block, read_blocks
+from data_prep.tokens.sentences import split_document
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ("--max-seq-length", "128", "--max-predictions-per-seq", "20", "--static-masks")

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.plain_text import normalise
-from data_prep.sentences import split_sentences
+from data_prep.cleaning.plain_text import normalise
 from data_prep.text_block import TextBlock
-from data_prep.tokenizer import SPECIAL_TOKENS, from_tokens
-from data_prep.tokens import WordEncoder
+from data_prep.tokens.encoder import WordEncoder
+from data_prep.tokens.sentences import split_sentences
+from data_prep.tokens.tokenizer import SPECIAL_TOKENS, from_tokens
 
 Splitter = Callable[[str], Sequence[str]]
 

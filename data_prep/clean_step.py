@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.clean import CleaningRules, clean_block
-from data_prep.dedup import FirstOccurrences, document_hashes, paragraph_hashes
-from data_prep.funnel import Funnel
-from data_prep.near_dedup import NearDuplicates, signatures
+from data_prep.cleaning.clean import CleaningRules, clean_block
+from data_prep.cleaning.dedup import FirstOccurrences, document_hashes, paragraph_hashes
+from data_prep.cleaning.funnel import Funnel
+from data_prep.cleaning.near_dedup import NearDuplicates, signatures
 from data_prep.shard_format import Split
-from data_prep.sources import RawBlock, Skipped, SourceOptions, parse_block
+from data_prep.sources.blocks import RawBlock, Skipped, SourceOptions, parse_block
 from data_prep.text_block import BoolArray, TextBlock
 from data_prep.workspace import Workspace, load_arrays, save_arrays
 

@@ -1,4 +1,4 @@
-"""A settings field that is a command-line flag too: one place for its default, its type, its help."""
+"""A settings field that is a command-line flag too: its default, type and help in one place."""
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, field

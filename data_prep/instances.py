@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.tokens import TokenBlock
+from data_prep.tokens.encoder import TokenBlock
 
 IntArray = npt.NDArray[np.int64]
 Span = tuple[int, int]

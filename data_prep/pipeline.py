@@ -19,13 +19,13 @@ from data_prep.clean_step import (
     drop_duplicates,
     finished_block,
 )
+from data_prep.cleaning.funnel import Funnel
 from data_prep.errors import DataError
-from data_prep.funnel import Funnel
 from data_prep.instances import row_type
 from data_prep.masking import MaskingPolicy
-from data_prep.prep_page import write_page
-from data_prep.prep_report import PrepareReport
 from data_prep.progress import Steps
+from data_prep.report.page import write_page
+from data_prep.report.report import PrepareReport
 from data_prep.row_step import (
     HELD_OUT_EVERY,
     LENGTH_BINS,
@@ -49,8 +49,8 @@ from data_prep.shard_format import (
 )
 from data_prep.shard_step import DoneShard, shard_job, shard_jobs
 from data_prep.shard_writer import ShardLayout, exclusive_folder
-from data_prep.sources import find_files, input_bytes, read_blocks
-from data_prep.tokenizer import (
+from data_prep.sources.blocks import find_files, input_bytes, read_blocks
+from data_prep.tokens.tokenizer import (
     WordPieceTokenizer,
     count_characters,
     load_tokenizer,

@@ -24,9 +24,9 @@ Advance = Callable[[int], None]
 class Steps:
     """The steps of one run; `seconds` holds the wall time of each finished one."""
 
-    def __init__(self, is_live: bool = True) -> None:
-        """`is_live` False, or no terminal on stderr: nothing is drawn."""
-        console = Console(file=sys.stderr)
+    def __init__(self, is_live: bool = True, console: Console | None = None) -> None:
+        """`is_live` False, or no terminal: nothing is drawn. `console`: stderr by default."""
+        console = console or Console(file=sys.stderr)
         self.seconds: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.description:<10}"),

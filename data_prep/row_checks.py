@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.dialects import RowBlock
+from data_prep.foreign.dialects import RowBlock
 from data_prep.masking import BoolArray, IntArray
 
 # A special id is believed where at least this share of a file's first rows agrees on it.

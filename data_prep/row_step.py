@@ -14,12 +14,12 @@ import numpy.typing as npt
 from data_prep.clean_step import CleanBlock, load_block
 from data_prep.instances import RowBuilder, Rows, row_type
 from data_prep.masking import hash_chain, splitmix64
-from data_prep.sentence_merge import MergeRules
 from data_prep.settings import PrepareSettings
 from data_prep.shard_format import Split
 from data_prep.text_block import TextBlock
-from data_prep.tokenizer import WordPieceTokenizer, load_tokenizer
-from data_prep.tokens import TokenBlock, WordEncoder
+from data_prep.tokens.encoder import TokenBlock, WordEncoder, without_id
+from data_prep.tokens.sentence_merge import MergeRules
+from data_prep.tokens.tokenizer import WordPieceTokenizer, load_tokenizer
 from data_prep.workspace import Workspace, hash_of, load_arrays, save_arrays, temporary_name
 
 SPLITS: tuple[Split, ...] = ("training", "validation")
@@ -123,7 +123,7 @@ def row_job(job: RowJob) -> ChunkRows:
     text = documents_of(settings.out, chunk)
     loaded = time.perf_counter()
     tokenizer, encoder, builder = _tools(settings)
-    tokens = encoder.encode(text)
+    tokens = without_id(encoder.encode(text), tokenizer.special_token_ids["pad"])
     encoded = time.perf_counter()
     rows = np.concatenate(
         [_rows(builder, tokens, job, copy) for copy in range(settings.dupe_factor)]

@@ -11,13 +11,13 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from data_prep.clean import PRESETS, CleaningRules, rules_from
+from data_prep.cleaning.clean import PRESETS, CleaningRules, rules_from
 from data_prep.errors import DataError, ShardError
 from data_prep.flags import flag
 from data_prep.instances import Pairs
 from data_prep.shard_format import file_sha256, read_manifest
-from data_prep.sources import SourceOptions, find_files
-from data_prep.tokenizer import load_tokenizer
+from data_prep.sources.blocks import SourceOptions, find_files
+from data_prep.tokens.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.dialects import ShardHead, inspect_foreign, read_rows
 from data_prep.errors import DataError, ShardError
-from data_prep.foreign_files import find_files
+from data_prep.foreign.dialects import ShardHead, inspect_foreign, read_rows
+from data_prep.foreign.files import find_files
 from data_prep.isolated import Isolated, crash_message, patience
 from data_prep.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.shard_format import (
@@ -32,7 +32,7 @@ from data_prep.shard_format import (
     read_manifest,
     split_of,
 )
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokens.tokenizer import load_tokenizer
 
 SPLITS: tuple[Split, ...] = ("training", "validation")
 _MOST_FAULTS = 20  # lines a file

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,29 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from data_prep.errors import DataError, ShardError
-from data_prep.masking import IGNORED, IntArray, MaskingPolicy, mask_tokens
-from data_prep.shard_format import ShardEntry, file_sha256, find_shards, sync_folder
+from data_prep.masking import IGNORED, MaskingPolicy, mask_tokens
+from data_prep.shard_format import (
+    IN_PROGRESS,
+    ShardEntry,
+    file_sha256,
+    find_shards,
+    sync_folder,
+)
 
-IN_PROGRESS = ".in_progress"
 WORK = ".work"
 # What else a run writes into its folder; shards are found by their names.
 OTHER_FILES = ("tokenizer.json", "vocab.txt", "token_counts.npy", "manifest.json", "report.html")
 # Masks and gzip chunks are made this many rows at a time: about 5 MB of work at S = 128, which
 # stays in a core's cache.
 ROWS_AT_ONCE = 1024
+_NVIDIA_TYPES = {
+    "input_ids": "i4",
+    "input_mask": "i1",
+    "segment_ids": "i1",
+    "masked_lm_positions": "i4",
+    "masked_lm_ids": "i4",
+    "next_sentence_labels": "i1",
+}
 # ISA-L's level 1 is 7 times as fast as zlib's 4, h5py's default, and its files are 2 % smaller.
 _GZIP_LEVEL = 1
 
@@ -49,25 +62,64 @@ def shard_sizes(num_rows: int, rows_per_shard: int) -> list[int]:
 def write_shard(
     path: Path, rows: npt.NDArray[np.void], first: int, layout: ShardLayout
 ) -> ShardEntry:
-    """Write rows (`instances.row_type`) as one file: under a temporary name, flushed, renamed.
+    """Write rows (`instances.row_type`) as one file.
 
     `first` is the global number of the first row: it names the rows for their static masks.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with h5py.File(temporary, "w") as file:
-        for name, value in layout.attributes.items():
-            file.attrs[name] = value
+
+    def fill(file: h5py.File) -> None:
         if layout.masking is None:
             for name in rows.dtype.names or ():
                 file.create_dataset(name, data=np.ascontiguousarray(rows[name]))
         else:
-            _write_nvidia(file, rows, first, layout)
+            fill_nvidia(
+                file,
+                len(rows),
+                lambda start, stop: _nvidia_block(rows[start:stop], first + start, layout),
+            )
+
+    return write_file(path, len(rows), layout.attributes, fill)
+
+
+def write_file(
+    path: Path,
+    num_rows: int,
+    attributes: Mapping[str, int | str],
+    fill: Callable[[h5py.File], None],
+) -> ShardEntry:
+    """Write one HDF5 file whole or not at all: under a temporary name, flushed, renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with h5py.File(temporary, "w") as file:
+        for name, value in attributes.items():
+            file.attrs[name] = value
+        fill(file)
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
-    entry = ShardEntry(path.name, len(rows), file_sha256(temporary))
+    entry = ShardEntry(path.name, num_rows, file_sha256(temporary))
     temporary.replace(path)
     sync_folder(path.parent)
     return entry
+
+
+def fill_nvidia(
+    file: h5py.File,
+    num_rows: int,
+    block_of: Callable[[int, int], Mapping[str, npt.NDArray[np.generic]]],
+) -> None:
+    """Write the six gzip datasets of NVIDIA's create_pretraining_data.py.
+
+    `block_of(start, stop)` gives their rows; they are asked for ROWS_AT_ONCE at a time.
+    """
+    chunk = min(ROWS_AT_ONCE, num_rows)
+    for start in range(0, num_rows, chunk):
+        block = block_of(start, min(start + chunk, num_rows))
+        for name, dtype in _NVIDIA_TYPES.items():
+            shape = block[name].shape[1:]
+            if start == 0:
+                file.create_dataset(
+                    name, (num_rows, *shape), dtype, compression="gzip", chunks=(chunk, *shape)
+                )
+            _write_gzip(file[name], start, block[name], chunk)
 
 
 @contextmanager
@@ -156,35 +208,9 @@ def _remove_work(out: Path) -> None:
             folder.rmdir()
 
 
-def _write_nvidia(
-    file: h5py.File, rows: npt.NDArray[np.void], first: int, layout: ShardLayout
+def _write_gzip(
+    dataset: h5py.Dataset, start: int, values: npt.NDArray[np.generic], chunk: int
 ) -> None:
-    """Write the six datasets of NVIDIA's create_pretraining_data.py; label 0 throughout where there
-    are no pairs.
-    """
-    policy = layout.masking
-    assert policy is not None, "static masks need a policy"
-    length, num_predictions = rows.dtype["input_ids"].shape[0], policy.max_predictions_per_seq
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "input_ids": ((length,), "i4"),
-        "input_mask": ((length,), "i1"),
-        "segment_ids": ((length,), "i1"),
-        "masked_lm_positions": ((num_predictions,), "i4"),
-        "masked_lm_ids": ((num_predictions,), "i4"),
-        "next_sentence_labels": ((), "i1"),
-    }
-    chunk = min(ROWS_AT_ONCE, len(rows))
-    for name, (shape, dtype) in shapes.items():
-        file.create_dataset(
-            name, (len(rows), *shape), dtype, compression="gzip", chunks=(chunk, *shape)
-        )
-    for start in range(0, len(rows), chunk):
-        block = rows[start : start + chunk]
-        for name, values in _nvidia_block(block, first + start, policy, layout).items():
-            _write_gzip(file[name], start, values, chunk)
-
-
-def _write_gzip(dataset: h5py.Dataset, start: int, values: IntArray, chunk: int) -> None:
     """Write one compressed chunk as HDF5's own gzip filter would; the last one is padded."""
     whole = np.zeros((chunk, *values.shape[1:]), dataset.dtype)
     whole[: len(values)] = values
@@ -193,16 +219,20 @@ def _write_gzip(dataset: h5py.Dataset, start: int, values: IntArray, chunk: int)
 
 
 def _nvidia_block(
-    block: npt.NDArray[np.void], first: int, policy: MaskingPolicy, layout: ShardLayout
-) -> dict[str, IntArray]:
-    """Return the six arrays of some rows; `first`: the first one's global row number."""
+    block: npt.NDArray[np.void], first: int, layout: ShardLayout
+) -> dict[str, npt.NDArray[np.generic]]:
+    """Return the six arrays of some rows, label 0 throughout where there are no pairs; `first`: the
+    first one's global row number.
+    """
+    policy = layout.masking
+    assert policy is not None, "static masks need a policy"
     originals = block["input_ids"].astype(np.int64)
     indices = np.arange(first, first + len(block))
     masked = mask_tokens(originals, policy, seed=layout.seed, epoch=0, sample_indices=indices)
     has_pairs = "next_sentence_labels" in (block.dtype.names or ())
     return {
         "input_ids": masked.input_ids,
-        "input_mask": (originals != layout.pad_id).astype(np.int64),
+        "input_mask": originals != layout.pad_id,
         "segment_ids": block["segment_ids"],
         "masked_lm_positions": masked.masked_lm_positions,
         "masked_lm_ids": np.where(masked.masked_lm_ids == IGNORED, 0, masked.masked_lm_ids),

@@ -7,10 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from data_prep.convert import ConvertSettings, convert_folder
 from data_prep.errors import UserError
 from data_prep.flags import argument
+from data_prep.foreign.convert import ConvertSettings, convert_folder
 from data_prep.pipeline import prepare_shards, train_vocabulary
+from data_prep.progress import Steps
 from data_prep.settings import PrepareSettings
 from data_prep.shard_check import check_folder
 
@@ -53,7 +54,9 @@ def _vocab(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    manifest = convert_folder(_settings(ConvertSettings, arguments))
+    settings = _settings(ConvertSettings, arguments)
+    with Steps(is_live=not arguments.json) as steps:
+        manifest = convert_folder(settings, steps)
     rows = sum(entry.rows for entry in manifest.training + manifest.validation)
     result = {"out": str(arguments.out), "sequences": rows, "dialect": manifest.dialect}
     print(json.dumps(result) if arguments.json else f"{rows:,} sequences in {arguments.out}")

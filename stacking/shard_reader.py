@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from data_prep.masking import IntArray
 from data_prep.shard_format import (
+    IN_PROGRESS,
     Manifest,
     ShardInfo,
     Split,
@@ -77,7 +78,7 @@ def open_shards(data_dir: Path, split: Split) -> ShardSet:
             f"{data_dir}"
         )
     manifest = read_manifest(data_dir)
-    if manifest is None and (data_dir / ".in_progress").exists():
+    if manifest is None and (data_dir / IN_PROGRESS).exists():
         raise ShardError(
             f"{data_dir}: its preparation was not finished; run the same prepare_data.py "
             "command again"

@@ -1,4 +1,4 @@
-"""data_prep.clean: the rules do what they say, and the funnel accounts for every character."""
+"""clean: the rules do what they say, and the funnel accounts for every character."""
 
 import dataclasses
 import re
@@ -8,11 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.clean import PRESETS, CleaningRules, clean_block, clean_documents, rules_from
+from data_prep.cleaning.clean import (
+    PRESETS,
+    CleaningRules,
+    clean_block,
+    clean_documents,
+    rules_from,
+)
+from data_prep.cleaning.funnel import Funnel
+from data_prep.cleaning.plain_text import normalise
 from data_prep.errors import DataError
-from data_prep.funnel import Funnel
-from data_prep.plain_text import normalise
-from data_prep.sources import Document
+from data_prep.sources.blocks import Document
 
 LETTERS = "The quick brown fox jumps over the lazy dog and then it runs away"
 TEXTS = st.lists(

@@ -1,9 +1,10 @@
-"""data_prep.convert: shards of any lineage become ours with text and labels intact, and a wrong
+"""convert: shards of any lineage become ours with text and labels intact, and a wrong
 vocabulary is refused.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_prep import dialects, foreign_rows, isolated
-from data_prep.convert import ConvertSettings, convert_folder
-from data_prep.dialects import inspect_foreign, read_rows
+from data_prep import isolated
 from data_prep.errors import DataError, ShardError
-from data_prep.foreign_rows import fit_rows
+from data_prep.foreign import dialects
+from data_prep.foreign import rows as foreign_rows
+from data_prep.foreign.convert import ConvertSettings, convert_folder
+from data_prep.foreign.dialects import inspect_foreign, read_rows
+from data_prep.foreign.rows import fit_rows
+from data_prep.progress import Advance, Steps
 from data_prep.shard_check import check_folder
 from data_prep.shard_format import load_token_counts
-from data_prep.tokenizer import from_tokens
+from data_prep.tokens.tokenizer import from_tokens
 
 Sequence = tuple[list[int], list[int], list[int], list[int], int]
 Make = Callable[[int, int], list[Sequence]]
@@ -154,7 +158,7 @@ def test_shuffle_is_a_permutation_that_the_seed_and_nothing_else_decides(
     convert_folder(replace(settings, out=other / "seed", seed=2))
     assert _texts(_read(other / "seed", "training")) != shuffled
     monkeypatch.setattr(dialects, "_TOKENS_AT_ONCE", 100)
-    monkeypatch.setattr("data_prep.row_spool._BUCKET_BYTES", 500)
+    monkeypatch.setattr("data_prep.foreign.row_spool._BUCKET_BYTES", 500)
     convert_folder(replace(settings, out=other / "blocks"))
     for path in settings.out.iterdir():
         assert (other / "blocks" / path.name).read_bytes() == path.read_bytes()
@@ -425,10 +429,25 @@ def test_progress_ends_at_the_number_of_rows(
     settings: ConvertSettings, make_sequences: Make, write_foreign: Write
 ) -> None:
     _write_folder(settings, make_sequences, write_foreign, "mlperf-packed")
-    seen: list[tuple[int, int]] = []
-    convert_folder(settings, lambda done, total: seen.append((done, total)))
-    assert len(seen) == 3
-    assert seen[-1][0] == seen[-1][1] > 0
+    steps = _Counter()
+    manifest = convert_folder(settings, steps)
+    rows = sum(entry.rows for entry in manifest.training + manifest.validation)
+    # A packed row is several of ours.
+    assert 0 < steps.done["reading"] == steps.totals["reading"] < steps.done["shards"] == rows
+
+
+class _Counter(Steps):
+    """Counts instead of drawing."""
+
+    def __init__(self) -> None:
+        super().__init__(is_live=False)
+        self.done: dict[str, int] = {}
+        self.totals: dict[str, int | None] = {}
+
+    @contextmanager
+    def step(self, name: str, total: int | None, unit: str = "MB") -> Iterator[Advance]:
+        self.totals[name] = total
+        yield lambda amount: self.done.update({name: self.done.get(name, 0) + amount})
 
 
 def test_another_run_and_a_read_only_folder_are_refused(

@@ -1,4 +1,4 @@
-"""data_prep.dedup: the flags of a dictionary of everything seen, whatever the memory allowed."""
+"""dedup: the flags of a dictionary of everything seen, whatever the memory allowed."""
 
 import errno
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import dedup
-from data_prep.dedup import (
+from data_prep.cleaning import dedup
+from data_prep.cleaning.dedup import (
     FirstOccurrences,
     Hashes,
     document_hashes,

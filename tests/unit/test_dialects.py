@@ -1,4 +1,4 @@
-"""data_prep.dialects: every dialect gives the same sequences back, whatever types and chunks."""
+"""dialects: every dialect gives the same sequences back, whatever types and chunks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep import dialects
-from data_prep.dialects import inspect_foreign, longest_row, read_rows, sniff
 from data_prep.errors import ShardError
+from data_prep.foreign import dialects
+from data_prep.foreign.dialects import inspect_foreign, longest_row, read_rows, sniff
 
 Sequence = tuple[list[int], list[int], list[int], list[int], int]
 Make = Callable[[int, int], list[Sequence]]

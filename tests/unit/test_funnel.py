@@ -1,4 +1,4 @@
-"""data_prep.funnel: read less the rules is kept, merged or not, through JSON or not."""
+"""funnel: read less the rules is kept, merged or not, through JSON or not."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep.cleaning.funnel import RULES, Counts, Funnel
 from data_prep.errors import DataError
-from data_prep.funnel import RULES, Counts, Funnel
 
 ADDED = st.lists(
     st.tuples(st.sampled_from(RULES), *[st.integers(-5, 10**12)] * 3).map(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.instances import Pairs, RowBuilder, Rows, row_type
-from data_prep.sentence_merge import MergeCounts
-from data_prep.tokens import TokenBlock
+from data_prep.tokens.encoder import TokenBlock
+from data_prep.tokens.sentence_merge import MergeCounts
 
 CLS, SEP, PAD = 2, 3, 0
 LENGTH = 37

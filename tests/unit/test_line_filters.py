@@ -1,4 +1,4 @@
-"""data_prep.line_filters: counts over all lines at once are those of each line."""
+"""line_filters: counts over all lines at once are those of each line."""
 
 import string
 
@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.line_filters import count_characters, measure_lines
+from data_prep.cleaning.line_filters import count_characters, measure_lines
 from data_prep.text_block import TextBlock
 
 LINES = st.lists(st.text("aZ@[`{ 0/\\|\u00e9\u4e00\U0001f600", min_size=1, max_size=9), max_size=7)

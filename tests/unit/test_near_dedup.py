@@ -1,4 +1,4 @@
-"""data_prep.near_dedup: near copies are found, the first of a group stays, others are let alone."""
+"""near_dedup: near copies are found, the first of a group stays, others are let alone."""
 
 import random
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import near_dedup
+from data_prep.cleaning import near_dedup
+from data_prep.cleaning.near_dedup import NearDuplicates, Signatures, signatures
 from data_prep.errors import DataError
-from data_prep.near_dedup import NearDuplicates, Signatures, signatures
 
 pytest.importorskip("datasketch", reason="near-duplicates need the package datasketch")
 
@@ -75,7 +75,7 @@ def test_signatures_of_long_texts_do_not_depend_on_the_batch(
 
 def test_signatures_are_the_same_in_another_process() -> None:
     code = (
-        "from data_prep.near_dedup import signatures; "
+        "from data_prep.cleaning.near_dedup import signatures; "
         "print(signatures(['one two three four five six'], 4).tolist())"
     )
     run = subprocess.run(

@@ -16,14 +16,15 @@ import h5py
 import numpy as np
 import pytest
 
-from data_prep import pipeline, row_step, source_bytes, sources
+from data_prep import pipeline, row_step
 from data_prep.errors import DataError, ShardError
-from data_prep.prep_report import PrepareReport
 from data_prep.progress import Steps
+from data_prep.report.report import PrepareReport
 from data_prep.settings import PrepareSettings
 from data_prep.shard_check import check_folder
 from data_prep.shard_format import Manifest, load_token_counts
-from data_prep.tokenizer import load_tokenizer
+from data_prep.sources import blocks, reading
+from data_prep.tokens.tokenizer import load_tokenizer
 from data_prep.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +34,8 @@ WORDS = ["the", "old", "house", "stands", "near", "a", "river", "while", "many",
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks and chunks from little text."""
-    monkeypatch.setattr(source_bytes, "BLOCK_BYTES", 9_000)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 9_000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 9_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 9_000)
     monkeypatch.setattr(row_step, "CHUNK_BYTES", 9_000)
 
 

@@ -1,11 +1,11 @@
-"""data_prep.plain_text: plain white space and NFC; the quick tests agree with the slow function."""
+"""plain_text: plain white space and NFC; the quick tests agree with the slow function."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.plain_text import find_unclean, is_plain, normalise
+from data_prep.cleaning.plain_text import find_unclean, is_plain, normalise
 
 # Characters at the edges of every class that the quick test tells apart.
 EDGES = (

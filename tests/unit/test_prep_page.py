@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.funnel import RULES, Funnel, Row
-from data_prep.prep_figures import (
+from data_prep.cleaning.funnel import RULES, Funnel, Row
+from data_prep.report.figures import (
     SLIVER,
     compact,
     document_lengths,
@@ -25,8 +25,8 @@ from data_prep.prep_figures import (
     row_lengths,
     seconds,
 )
-from data_prep.prep_page import MAX_ROWS, page, write_page
-from data_prep.prep_report import PrepareReport
+from data_prep.report.page import MAX_ROWS, page, write_page
+from data_prep.report.report import PrepareReport
 from data_prep.shard_format import Manifest, ShardEntry
 
 HOSTILE = "<script>alert('$title & \"more\"')</script>"

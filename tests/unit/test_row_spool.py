@@ -1,12 +1,12 @@
-"""data_prep.row_spool: a sort on disk is a sort, whatever the buckets."""
+"""row_spool: a sort on disk is a sort, whatever the buckets."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_prep import row_spool
-from data_prep.row_spool import RowSpool, in_groups
+from data_prep.foreign import row_spool
+from data_prep.foreign.row_spool import RowSpool, in_groups
 
 DTYPE = np.dtype([("input_ids", "<u2", (3,)), ("label", "i1")])
 

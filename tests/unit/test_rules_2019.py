@@ -1,10 +1,10 @@
-"""data_prep.rules_2019: what the tools of 2019 do to lines."""
+"""rules_2019: what the tools of 2019 do to lines."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.rules_2019 import (
+from data_prep.cleaning.rules_2019 import (
     clean_up,
     drop_unprintable,
     join_broken_lines,

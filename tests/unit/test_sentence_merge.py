@@ -1,4 +1,4 @@
-"""data_prep.sentence_merge: the rules of 2019, against a naive version of themselves."""
+"""sentence_merge: the rules of 2019, against a naive version of themselves."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.sentence_merge import (
+from data_prep.tokens.sentence_merge import (
     MergeCounts,
     MergeRules,
     Sentences,

@@ -1,4 +1,4 @@
-"""data_prep.sentences: abbreviations do not end a sentence, and the measured F1 holds."""
+"""sentences: abbreviations do not end a sentence, and the measured F1 holds."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.sentences import (
+from data_prep.tokens.sentences import (
     LAST_CHARACTERS,
     WordEnd,
     WordStart,

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from data_prep.errors import DataError, ShardError
 from data_prep.instances import row_type
 from data_prep.masking import MaskingPolicy, mask_tokens, restore_originals
-from data_prep.shard_format import NVIDIA_DATASETS, ShardEntry, file_sha256
+from data_prep.shard_format import IN_PROGRESS, NVIDIA_DATASETS, ShardEntry, file_sha256
 from data_prep.shard_writer import (
-    IN_PROGRESS,
     ROWS_AT_ONCE,
     WORK,
     ShardLayout,

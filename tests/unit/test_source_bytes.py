@@ -1,4 +1,4 @@
-"""data_prep.source_bytes: every compression gives the same parts, within a bound of memory."""
+"""reading: every compression gives the same parts, within a bound of memory."""
 
 import bz2
 import gzip
@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import source_bytes
 from data_prep.errors import DataError
-from data_prep.source_bytes import Reader, whole_lines
-from data_prep.source_files import SourceOptions
+from data_prep.sources import reading
+from data_prep.sources.files import SourceOptions
+from data_prep.sources.reading import Reader, whole_lines
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -50,7 +50,7 @@ def test_members_one_behind_the_other_are_one_text(tmp_path: Path, suffix: str) 
 def test_parts_do_not_depend_on_the_compression(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_bytes, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 1000)
     plain, packed = tmp_path / "a.txt", tmp_path / f"a.txt{suffix}"
     plain.write_bytes(_content(300))
     packed.write_bytes(COMPRESS[suffix](_content(300)))
@@ -144,8 +144,8 @@ def test_only_lines_above_the_limit_are_left_out(
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source_bytes, "BLOCK_BYTES", block)
-        patch.setattr(source_bytes, "MAX_LINE_BYTES", longest)
+        patch.setattr(reading, "BLOCK_BYTES", block)
+        patch.setattr(reading, "MAX_LINE_BYTES", longest)
         parts = list(whole_lines(path, ".txt", SKIP))
     found = [
         (number, line)

@@ -1,4 +1,4 @@
-"""data_prep.source_parquet: columns of text are read in batches, and every fault is named."""
+"""parquet: columns of text are read in batches, and every fault is named."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep import source_parquet
 from data_prep.errors import DataError
-from data_prep.source_files import Document, Skipped, SourceOptions
-from data_prep.source_parquet import cut_rows, parse_rows
+from data_prep.sources import parquet as source_parquet
+from data_prep.sources.files import Document, Skipped, SourceOptions
+from data_prep.sources.parquet import cut_rows, parse_rows
 
 STRICT, SKIP = SourceOptions(), SourceOptions(skip_bad=True)
 

@@ -1,4 +1,4 @@
-"""data_prep.source_text: documents end where they should, however the file is cut."""
+"""plain: documents end where they should, however the file is cut."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import source_bytes, source_text
 from data_prep.errors import DataError
-from data_prep.source_files import Document, Skipped, SourceOptions
-from data_prep.source_text import cut_text, parse_text
+from data_prep.sources import plain as source_text
+from data_prep.sources import reading
+from data_prep.sources.files import Document, Skipped, SourceOptions
+from data_prep.sources.plain import cut_text, parse_text
 
 
 def _read(path: Path, options: SourceOptions) -> tuple[list[Document], Skipped]:
@@ -54,7 +55,7 @@ def test_cutting_does_not_change_the_documents(
 ) -> None:
     path = _write(tmp_path_factory.mktemp("cut"), text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source_bytes, "BLOCK_BYTES", block)
+        patch.setattr(reading, "BLOCK_BYTES", block)
         found, _ = _read(path, SourceOptions())
     lines = text.split("\n")
     expected = [body.strip() for body in re.split(r"\n(?:\s*\n)+", "\n" + text + "\n\n")]
@@ -68,7 +69,7 @@ def test_cutting_does_not_change_the_documents(
 def test_document_without_end_is_cut_at_lines_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: str
 ) -> None:
-    monkeypatch.setattr(source_bytes, "BLOCK_BYTES", 37)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 37)
     monkeypatch.setattr(source_text, "MAX_DOCUMENT_BYTES", 100)
     lines = [f"line number {i}" for i in range(60)]
     lines[30] = "long " * 40
@@ -90,8 +91,8 @@ def test_undecodable_line_is_refused_or_left_out(tmp_path: Path) -> None:
 
 
 def test_over_long_line_ends_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_bytes, "MAX_LINE_BYTES", 9)
-    monkeypatch.setattr(source_bytes, "BLOCK_BYTES", 5)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 9)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", 5)
     path = _write(tmp_path, b"one\ntwo\nmuch too long\nthree\nfour\n")
     found, skipped = _read(path, SourceOptions(skip_bad=True))
     assert found == [Document("one\ntwo", f"{path}:1"), Document("three\nfour", f"{path}:4")]

@@ -1,4 +1,4 @@
-"""data_prep.source_wiki: a dump's articles, however it is packed and cut."""
+"""wiki: a dump's articles, however it is packed and cut."""
 
 import bz2
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import source_wiki
 from data_prep.errors import DataError
-from data_prep.source_files import Document, Skipped, SourceOptions
-from data_prep.source_wiki import cut_pages, parse_pages
+from data_prep.sources import wiki as source_wiki
+from data_prep.sources.files import Document, Skipped, SourceOptions
+from data_prep.sources.wiki import cut_pages, parse_pages
 
 STRICT, SKIP = SourceOptions(), SourceOptions(skip_bad=True)
 SHARED = Path(__file__).parents[3] / "shared/data/pretrain"

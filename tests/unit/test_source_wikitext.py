@@ -1,10 +1,10 @@
-"""data_prep.source_wikitext: prose stays, markup goes, and nothing makes it fail."""
+"""wikitext: prose stays, markup goes, and nothing makes it fail."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.source_wikitext import WikiText
+from data_prep.sources.wikitext import WikiText
 
 MARKUP = """{{ }} {{{ }}} [[ ]] | = == ''' '' <ref> </ref> <ref/> <br> <div> </div> {| |- |} <!--
 --> [http://a b] &nbsp; &#233; * # ; : convert lang File: Category: word ( , ) See also __TOC__"""

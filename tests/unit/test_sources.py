@@ -1,4 +1,4 @@
-"""data_prep.sources and source_files: which files are read, and that blocks give every document."""
+"""blocks and source_files: which files are read, and that blocks give every document."""
 
 import bz2
 import gzip
@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep import source_bytes, sources
 from data_prep.errors import DataError
-from data_prep.source_files import MAX_MESSAGES, Skipped, find_files, input_bytes
-from data_prep.sources import Document, SourceOptions, parse_block, read_blocks
+from data_prep.sources import blocks, reading
+from data_prep.sources.blocks import Document, SourceOptions, parse_block, read_blocks
+from data_prep.sources.files import MAX_MESSAGES, Skipped, find_files, input_bytes
 
 BODY = SourceOptions(field="body")
 
@@ -56,8 +56,8 @@ def test_every_kind_is_read_in_order_however_it_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     files = _one_of_each(tmp_path)
-    monkeypatch.setattr(source_bytes, "BLOCK_BYTES", block)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block)
     assert _texts(*files) == NUMBERS
     positions = [found.position for found in read_blocks(files, BODY)]
     assert positions == sorted(positions)
@@ -75,7 +75,7 @@ def test_small_files_share_a_block_and_large_ones_have_several(tmp_path: Path) -
     large.write_bytes(_json_lines(*("word " * 1000 for _ in range(2500))))
     sizes = [block.num_bytes for block in read_blocks([large], BODY)]
     assert len(sizes) > 2
-    assert max(sizes) <= 1.5 * source_bytes.BLOCK_BYTES
+    assert max(sizes) <= 1.5 * reading.BLOCK_BYTES
     assert sum(sizes) == input_bytes([large])
 
 

@@ -1,4 +1,4 @@
-"""data_prep.tokenizer: training is a function of the text, and both files give one tokenizer."""
+"""tokenizer: training is a function of the text, and both files give one tokenizer."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.errors import DataError
-from data_prep.tokenizer import (
+from data_prep.tokens.tokenizer import (
     Kind,
     SubwordTokenizer,
     count_characters,

@@ -1,4 +1,4 @@
-"""data_prep.tokens: the ids and ends of a block are those of its sentences, one by one."""
+"""encoder: the ids and ends of a block are those of its sentences, one by one."""
 
 import json
 import zipfile
@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import tokens as tokens_module
-from data_prep import words as words_module
-from data_prep.plain_text import normalise
-from data_prep.sentence_merge import MergeRules
-from data_prep.sentences import split_document
+from data_prep.cleaning.plain_text import normalise
 from data_prep.text_block import TextBlock
-from data_prep.tokenizer import (
+from data_prep.tokens import encoder as tokens_module
+from data_prep.tokens import words as words_module
+from data_prep.tokens.encoder import TokenBlock, WordEncoder, without_id
+from data_prep.tokens.sentence_merge import MergeCounts, MergeRules
+from data_prep.tokens.sentences import split_document
+from data_prep.tokens.tokenizer import (
     SubwordTokenizer,
     count_characters,
     from_json,
@@ -25,7 +26,6 @@ from data_prep.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from data_prep.tokens import TokenBlock, WordEncoder
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 NAMES = "[PAD] [UNK] [CLS] [SEP] [MASK]"
@@ -196,3 +196,14 @@ def test_every_line_of_udhr_has_bert_base_uncased_ids() -> None:
     assert block.ids.tolist() == [token for ids in expected for token in ids]
     assert np.diff(block.sentence_ends, prepend=0).tolist() == [len(ids) for ids in expected]
     assert len(block.document_ends) == len(expected)
+
+
+def test_an_unwanted_id_goes_with_what_it_leaves_empty() -> None:
+    ids = np.array([5, 0, 6, 0, 0, 7, 0], np.uint16)
+    # Two documents: [5 0] [6] and [0] [0]; a third: [7 0].
+    block = TokenBlock(ids, np.array([2, 3, 4, 5, 7]), np.array([2, 4, 5]), MergeCounts())
+    left = without_id(block, 0)
+    assert left.ids.tolist() == [5, 6, 7]
+    assert left.sentence_ends.tolist() == [1, 2, 3]
+    assert left.document_ends.tolist() == [2, 3]
+    assert without_id(left, 0) is left

@@ -1,12 +1,12 @@
-"""data_prep.words: stems, odd words and words with added tokens get the tokenizer's own ids."""
+"""words: stems, odd words and words with added tokens get the tokenizer's own ids."""
 
 import json
 
 import pyarrow as pa
 import pytest
 
-from data_prep.tokenizer import from_tokens
-from data_prep.words import WordPieces, binary_array, id_type, number, views
+from data_prep.tokens.tokenizer import from_tokens
+from data_prep.tokens.words import WordPieces, binary_array, id_type, number, views
 
 PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a the cat ##s ##a - \u2019 \u201c e ##t " + "b" * 101
 TOKENIZER = from_tokens(PIECES.split())

@@ -83,7 +83,16 @@ def test_mpi_ranks_give_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     assert one == mpi
     assert f"with {max(1, ranks - 1)} worker" in done.stdout
     assert done.stdout.count("vocabulary of") == 1, "one rank alone reports"
-    wrong = [*mpirun, sys.executable, *shards, "--mpi", "--seed", "-1", "--out", str(tmp_path / "x")]
+    wrong = [
+        *mpirun,
+        sys.executable,
+        *shards,
+        "--mpi",
+        "--seed",
+        "-1",
+        "--out",
+        str(tmp_path / "x"),
+    ]
     done = subprocess.run(
         wrong, env=environment, capture_output=True, text=True, timeout=120, check=False
     )

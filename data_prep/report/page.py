@@ -7,9 +7,9 @@ import html
 from collections.abc import Iterator, Mapping, Sequence
 from string import Template
 
-from data_prep import prep_figures
-from data_prep.prep_figures import compact, percent
-from data_prep.prep_report import SPLITS, PrepareReport
+from data_prep.report import figures as prep_figures
+from data_prep.report.figures import compact, percent
+from data_prep.report.report import SPLITS, PrepareReport
 from data_prep.shard_format import Manifest, write_atomically
 
 REPORT = "report.html"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.dialects import ShardHead, inspect_foreign, longest_row
 from data_prep.errors import DataError, ShardError
+from data_prep.foreign.dialects import ShardHead, inspect_foreign, longest_row
 from data_prep.isolated import Isolated, crash_message, patience
 from data_prep.shard_format import Split, split_of
 

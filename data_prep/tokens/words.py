@@ -15,7 +15,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer, pre_tokenizers
 
 from data_prep.text_block import BoolArray, IntArray
-from data_prep.tokenizer import SubwordTokenizer
+from data_prep.tokens.tokenizer import SubwordTokenizer
 
 Bytes = npt.NDArray[np.uint8]
 # What `tokenizer.json` says, parsed.

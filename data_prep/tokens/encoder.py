@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.sentence_merge import MergeCounts, MergeRules, Sentences, merge_sentences
-from data_prep.sentences import (
+from data_prep.text_block import BoolArray, IntArray, TextBlock
+from data_prep.tokens.sentence_merge import MergeCounts, MergeRules, Sentences, merge_sentences
+from data_prep.tokens.sentences import (
     ENDS_SENTENCE,
     IDEOGRAPHIC_MARKS,
     LAST_CHARACTERS,
@@ -21,9 +22,8 @@ from data_prep.sentences import (
     word_end,
     word_start,
 )
-from data_prep.text_block import BoolArray, IntArray, TextBlock
-from data_prep.tokenizer import SubwordTokenizer
-from data_prep.words import (
+from data_prep.tokens.tokenizer import SubwordTokenizer
+from data_prep.tokens.words import (
     Bytes,
     WordPieces,
     binary_array,
@@ -67,6 +67,22 @@ class TokenBlock:
     """
     merge_counts: MergeCounts
     """What the merge rules took out; zeros without them."""
+
+
+def without_id(block: TokenBlock, unwanted: int) -> TokenBlock:
+    """Return the block without one id: "[PAD]" in a text would be padding inside a row. Sentences
+    and documents that lose all their tokens go.
+    """
+    is_kept = block.ids != unwanted
+    if is_kept.all():
+        return block
+    ends = np.concatenate([[0], np.cumsum(is_kept)])[block.sentence_ends]
+    is_sentence = np.diff(ends, prepend=0) > 0
+    sentences = np.concatenate([[0], np.cumsum(is_sentence)])[block.document_ends]
+    is_document = np.diff(sentences, prepend=0) > 0
+    return TokenBlock(
+        block.ids[is_kept], ends[is_sentence], sentences[is_document], block.merge_counts
+    )
 
 
 class WordEncoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from data_prep.errors import DataError
-from data_prep.source_files import RawPart, Skipped, SourceOptions
+from data_prep.sources.files import RawPart, Skipped, SourceOptions
 
 # Input behind one unit of work. It decides where blocks are cut, so it must not depend on the
 # machine or on the number of workers.

@@ -8,7 +8,8 @@ from typing import cast
 from xml.etree import ElementTree
 
 from data_prep.errors import DataError
-from data_prep.source_bytes import (
+from data_prep.sources.files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.reading import (
     BLOCK_BYTES,
     BYTE_ORDER_MARK,
     FETCH_AGAIN,
@@ -16,8 +17,7 @@ from data_prep.source_bytes import (
     Reader,
     too_long,
 )
-from data_prep.source_files import Document, RawPart, Skipped, SourceOptions
-from data_prep.source_wikitext import WikiText
+from data_prep.sources.wikitext import WikiText
 
 KIND = ".xml"
 _START, _END, _LAST = b"<page>", b"</page>", b"</mediawiki>"

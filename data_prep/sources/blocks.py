@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.source_bytes import BLOCK_BYTES
-from data_prep.source_files import (
+from data_prep.sources.files import (
     Document,
     RawPart,
     Skipped,
@@ -19,10 +18,11 @@ from data_prep.source_files import (
     input_bytes,
     kind_of,
 )
-from data_prep.source_json import cut_json_lines, parse_json_lines
-from data_prep.source_parquet import cut_rows, parse_rows
-from data_prep.source_text import cut_text, parse_text
-from data_prep.source_wiki import cut_pages, parse_pages
+from data_prep.sources.json_lines import cut_json_lines, parse_json_lines
+from data_prep.sources.parquet import cut_rows, parse_rows
+from data_prep.sources.plain import cut_text, parse_text
+from data_prep.sources.reading import BLOCK_BYTES
+from data_prep.sources.wiki import cut_pages, parse_pages
 
 __all__ = [
     "Document",

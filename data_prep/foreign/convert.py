@@ -4,37 +4,32 @@ Rows stream through twice: checked and spooled to disk, then written shuffled as
 temporary copy under --out is as large as the result uncompressed; memory stays flat.
 """
 
-import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from math import ceil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.dialects import LABELS, read_rows
 from data_prep.errors import DataError, ShardError
 from data_prep.flags import flag
-from data_prep.foreign_files import ForeignFolder, longest_rows, open_folder
-from data_prep.foreign_rows import ForeignRows, LabelPolarity, RowTarget
+from data_prep.foreign.dialects import LABELS, read_rows
+from data_prep.foreign.files import ForeignFolder, longest_rows, open_folder
+from data_prep.foreign.row_spool import RowSpool, in_groups
+from data_prep.foreign.rows import ForeignRows, LabelPolarity, RowTarget
 from data_prep.masking import MaskingPolicy, hash_chain
-from data_prep.row_spool import RowSpool, in_groups
+from data_prep.progress import Advance, Steps
 from data_prep.shard_format import (
     FORMAT_VERSION,
-    NVIDIA_DATASETS,
     TOKEN_COUNTS,
     TOKENIZER_ATTRIBUTE,
     Dialect,
     Manifest,
     ShardEntry,
     Split,
-    file_sha256,
     read_manifest,
-    sync_folder,
     write_atomically,
     write_manifest,
 )
@@ -42,16 +37,18 @@ from data_prep.shard_writer import (
     WORK,
     ShardLayout,
     exclusive_folder,
+    fill_nvidia,
     shard_sizes,
+    write_file,
     write_shard,
 )
-from data_prep.tokenizer import WordPieceTokenizer, load_tokenizer
+from data_prep.tokens.tokenizer import WordPieceTokenizer, load_tokenizer
 
 SPLITS: tuple[Split, ...] = ("training", "validation")
 # 199:1, as StackingBERT's split.py and our own preparation.
 VALIDATION_SHARE = 0.005
 _SHUFFLE_STREAM = {"training": 1, "validation": 2}
-_GZIP_ROWS = 1024
+_KEPT = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +110,8 @@ class ConvertSettings:
             raise DataError("; ".join(text for is_so, text in faults if is_so))
 
 
-def convert_folder(
-    settings: ConvertSettings, on_progress: Callable[[int, int], None] | None = None
-) -> Manifest:
-    """Turn foreign shards into a finished folder of ours; `on_progress` gets rows done and to do.
+def convert_folder(settings: ConvertSettings, steps: Steps | None = None) -> Manifest:
+    """Turn foreign shards into a finished folder of ours; `steps` draw bars.
 
     A DataError names file and row, and nothing is left behind. A folder finished with the same
     settings is left alone.
@@ -136,7 +131,7 @@ def convert_folder(
     target = _target(settings, folder)
     with exclusive_folder(settings.out):
         tokenizer.save(settings.out)
-        conversion = _Conversion(settings, tokenizer, target, on_progress)
+        conversion = _Conversion(settings, tokenizer, target, steps or Steps(is_live=False))
         entries = conversion.write(folder)
         write_atomically(settings.out / TOKEN_COUNTS, conversion.token_counts_file())
         manifest = Manifest(
@@ -167,7 +162,7 @@ class _Conversion:
         settings: ConvertSettings,
         tokenizer: WordPieceTokenizer,
         target: RowTarget,
-        on_progress: Callable[[int, int], None] | None,
+        steps: Steps,
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
@@ -176,7 +171,7 @@ class _Conversion:
         if settings.remask:
             wanted = ceil(target.max_seq_length * settings.masked_lm_prob)
             self.num_predictions = settings.max_predictions_per_seq or wanted
-        self._on_progress = on_progress
+        self._steps = steps
         self._rows = ForeignRows(tokenizer, target)
         self._counts = np.zeros(tokenizer.vocab_size, np.int64)
         self._tokens = dict.fromkeys(SPLITS, 0)
@@ -198,7 +193,8 @@ class _Conversion:
                 )
                 for split in SPLITS
             }
-            self._spool(folder, spools)
+            with self._steps.step("reading", expected, "rows") as advance:
+                self._spool(folder, spools, advance)
             self._rows.finish()
             for split, spool in spools.items():
                 if not spool.num_rows:
@@ -206,10 +202,15 @@ class _Conversion:
                         f"no {split} row among {expected:,}: raise --validation-share "
                         f"{self.settings.validation_share}, or name test files as such"
                     )
-            return {split: self._write_split(split, spool) for split, spool in spools.items()}
+            with self._steps.step("shards", expected, "rows") as advance:
+                return {
+                    split: self._write_split(split, spool, advance)
+                    for split, spool in spools.items()
+                }
 
-    def _spool(self, folder: ForeignFolder, spools: dict[Split, RowSpool]) -> None:
-        num_done, num_all = 0, sum(head.num_rows for head in folder.heads)
+    def _spool(
+        self, folder: ForeignFolder, spools: dict[Split, RowSpool], advance: Advance
+    ) -> None:
         num_seen = 0
         for head, split in folder.files:
             for block in read_rows(head):
@@ -220,9 +221,7 @@ class _Conversion:
                 is_held_out = numbers % every == every - 1 if every else numbers < 0
                 self._add(split, spools[split], records[~is_held_out])
                 self._add("validation", spools["validation"], records[is_held_out])
-                if self._on_progress is not None:
-                    self._on_progress(num_done + int(block.rows[-1]) + 1, num_all)
-            num_done += head.num_rows
+                advance(len(np.unique(block.rows)))
 
     def _add(self, split: Split, spool: RowSpool, records: npt.NDArray[np.void]) -> None:
         """Count records and spool them, for a shuffle under a hash of their numbers."""
@@ -237,7 +236,9 @@ class _Conversion:
         if split == "training":
             self._counts += np.bincount(_originals(records).ravel(), minlength=self._counts.size)
 
-    def _write_split(self, split: Split, spool: RowSpool) -> tuple[ShardEntry, ...]:
+    def _write_split(
+        self, split: Split, spool: RowSpool, advance: Advance
+    ) -> tuple[ShardEntry, ...]:
         settings = self.settings
         special = self.tokenizer.special_token_ids
         policy = MaskingPolicy(
@@ -267,6 +268,7 @@ class _Conversion:
             else:
                 entries.append(write_shard(path, records, first, layout))
             first += len(records)
+            advance(len(records))
         return tuple(entries)
 
     def token_counts_file(self) -> bytes:
@@ -334,28 +336,18 @@ def _originals(records: npt.NDArray[np.void]) -> npt.NDArray[np.unsignedinteger]
 def _write_kept(
     path: Path, records: npt.NDArray[np.void], attributes: dict[str, int | str]
 ) -> ShardEntry:
-    """Write records with their own masks in NVIDIA's schema: temporary name, flush, rename."""
-    num_rows, length = records["input_ids"].shape
-    no_pairs = np.zeros(num_rows, "i1")
+    """Write records with their own masks in NVIDIA's schema."""
+    length = records["input_ids"].shape[1]
     has_pairs = LABELS in (records.dtype.names or ())
-    arrays = {
-        "input_ids": records["input_ids"].astype("i4"),
-        "input_mask": (np.arange(length) < records["num_tokens"][:, None]).astype("i1"),
-        "segment_ids": records["segment_ids"],
-        "masked_lm_positions": records["masked_lm_positions"].astype("i4"),
-        "masked_lm_ids": records["masked_lm_ids"].astype("i4"),
-        LABELS: records[LABELS] if has_pairs else no_pairs,
-    }
-    temporary = path.with_name(f".{path.name}.tmp")
-    with h5py.File(temporary, "w") as file:
-        for name, value in attributes.items():
-            file.attrs[name] = value
-        for name in NVIDIA_DATASETS:
-            chunks = (min(_GZIP_ROWS, num_rows), *arrays[name].shape[1:])
-            file.create_dataset(name, data=arrays[name], compression="gzip", chunks=chunks)
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    entry = ShardEntry(path.name, num_rows, file_sha256(temporary))
-    temporary.replace(path)
-    sync_folder(path.parent)
-    return entry
+
+    def block_of(start: int, stop: int) -> dict[str, npt.NDArray[np.generic]]:
+        block = records[start:stop]
+        return {
+            **{name: block[name] for name in _KEPT},
+            "input_mask": np.arange(length) < block["num_tokens"][:, None],
+            LABELS: block[LABELS] if has_pairs else np.zeros(stop - start, "i1"),
+        }
+
+    return write_file(
+        path, len(records), attributes, lambda file: fill_nvidia(file, len(records), block_of)
+    )

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.source_bytes import not_utf8, whole_lines
-from data_prep.source_files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.reading import not_utf8, whole_lines
 
 KIND = ".txt"
 # Text without a blank line is cut into documents of at most this size, at a line's end.

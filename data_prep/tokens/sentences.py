@@ -1,7 +1,7 @@
 """A paragraph in, its sentences out, by rules about end marks, abbreviations and capitals.
 
 Each place between two words is decided by the end of the one and the beginning of the other, so
-that `data_prep.tokens` can classify each distinct word once.
+that `data_prep.tokens.encoder` can classify each distinct word once.
 
 Measured on the gold boundaries inside the paragraphs of UD English-EWT dev (web text, much of it
 without marks or capitals): precision 0.987, recall 0.795, F1 0.880; with the paragraphs' ends,

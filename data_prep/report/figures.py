@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_prep.funnel import Row
+from data_prep.cleaning.funnel import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

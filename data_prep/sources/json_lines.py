@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.source_bytes import not_utf8, whole_lines
-from data_prep.source_files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.reading import not_utf8, whole_lines
 
 KIND = ".jsonl"
 # Fields named in a message.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.source_bytes import BLOCK_BYTES, FETCH_AGAIN, open_file
-from data_prep.source_files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.files import Document, RawPart, Skipped, SourceOptions
+from data_prep.sources.reading import BLOCK_BYTES, FETCH_AGAIN, open_file
 
 KIND = ".parquet"
 # Rows read at once at most: repeated texts are stored once, so a file does not say how long its

@@ -10,18 +10,18 @@ from types import MappingProxyType
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.funnel import Funnel
-from data_prep.line_filters import LineMeasures, count_characters, measure_lines
-from data_prep.plain_text import find_unclean, is_plain, normalise
-from data_prep.rules_2019 import (
+from data_prep.cleaning.funnel import Funnel
+from data_prep.cleaning.line_filters import LineMeasures, count_characters, measure_lines
+from data_prep.cleaning.plain_text import find_unclean, is_plain, normalise
+from data_prep.cleaning.rules_2019 import (
     clean_up,
     drop_unprintable,
     join_broken_lines,
     normalise_punctuation,
     squeeze,
 )
-from data_prep.sources import Document
+from data_prep.errors import DataError
+from data_prep.sources.blocks import Document
 from data_prep.text_block import BoolArray, TextBlock
 
 # Documents are looked at in groups of about this many characters: large enough that the cost of a
@@ -108,7 +108,7 @@ _FILTERS = (
 )
 
 # "2019": StackingBERT's cleaning (Gong et al., 2019; examples/bert of the released code). It also
-# drops duplicate lines, which is data_prep.dedup's work, and merges sentences, sentence_merge's.
+# drops duplicate lines, which is dedup's work, and merges sentences, sentence_merge's.
 PRESETS: Mapping[str, CleaningRules] = MappingProxyType(
     {
         "none": CleaningRules(),

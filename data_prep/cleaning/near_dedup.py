@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data_prep.dedup import FirstOccurrences, Hashes, append_array, make_folder
+from data_prep.cleaning.dedup import FirstOccurrences, Hashes, append_array, make_folder
 from data_prep.errors import DataError
 from data_prep.text_block import BoolArray, IntArray
 

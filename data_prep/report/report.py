@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.clean_step import CleanBlock
-from data_prep.funnel import Funnel
+from data_prep.cleaning.funnel import Funnel
 from data_prep.row_step import ChunkRows
 from data_prep.shard_format import Manifest, Split
 

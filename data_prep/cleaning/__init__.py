@@ -1,0 +1,1 @@
+"""Documents in, clean and distinct text out."""

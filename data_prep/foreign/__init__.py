@@ -1,0 +1,1 @@
+"""Other projects' shards in, ours out."""

@@ -1,0 +1,1 @@
+"""Clean text in, token ids with sentence and document ends out."""
