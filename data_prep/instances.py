@@ -193,7 +193,13 @@ class RowBuilder:
         ids = np.full(len(rows) * self.max_seq_length, self.pad_id, self.dtype["input_ids"].base)
         ids[:: self.max_seq_length] = self.cls_id
         ids[places + lengths] = self.sep_id
-        ids[_ranges(places, lengths)] = block.ids[_ranges(spans[:, 0], lengths)]
+        # Tokens stand between edges: +1 where a span begins, -1 behind it.
+        edges = np.zeros(len(ids) + 1, np.int8)
+        edges[places] = 1
+        edges[places + lengths] = -1
+        ids[np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)] = block.ids[
+            _ranges(spans[:, 0], lengths)
+        ]
         made["input_ids"] = ids.reshape(len(rows), self.max_seq_length)
         if labels is not None:
             a, b = lengths[::2, None], lengths[1::2, None]

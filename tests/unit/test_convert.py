@@ -442,10 +442,11 @@ class _Counter(Steps):
     def __init__(self) -> None:
         super().__init__(is_live=False)
         self.done: dict[str, int] = {}
-        self.totals: dict[str, int | None] = {}
+        self.totals: dict[str, int] = {}
 
     @contextmanager
     def step(self, name: str, total: int | None, unit: str = "MB") -> Iterator[Advance]:
+        assert total is not None
         self.totals[name] = total
         yield lambda amount: self.done.update({name: self.done.get(name, 0) + amount})
 
