@@ -13,8 +13,8 @@ import numpy as np
 from data_prep.errors import DataError, ShardError
 from data_prep.foreign.dialects import ShardHead, inspect_foreign, read_rows
 from data_prep.foreign.files import find_files
+from data_prep.foreign.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.isolated import Isolated, crash_message, patience
-from data_prep.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.shard_format import (
     IN_PROGRESS,
     NVIDIA_DATASETS,

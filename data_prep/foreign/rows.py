@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from data_prep.errors import DataError
 from data_prep.foreign.dialects import LABELS, RowBlock
+from data_prep.foreign.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.instances import row_type
 from data_prep.masking import BoolArray, IntArray
-from data_prep.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.tokens.tokenizer import WordPieceTokenizer
 
 LabelPolarity = Literal["nvidia", "stackingbert", "megatron"]

@@ -120,6 +120,16 @@ def test_there_is_no_import_cycle() -> None:
     assert not edges, f"these import each other in a circle: {sorted(edges)}"
 
 
+def test_the_rooms_of_data_prep_form_no_circle() -> None:
+    edges: dict[str, set[str]] = {}
+    for path in (ROOT / "data_prep").rglob("*.py"):
+        below = {n.split(".")[1] for n in imports(parse(path)) if n.startswith("data_prep.")}
+        edges.setdefault(module(path), set()).update(below - {module(path)})
+    while leaves := {name for name, below in edges.items() if not below & set(edges)}:
+        edges = {name: below for name, below in edges.items() if name not in leaves}
+    assert not edges, f"these import each other in a circle: {sorted(edges)}"
+
+
 @pytest.mark.parametrize("path", [*PACKAGES, *LAUNCH], ids=name_of)
 def test_no_function_imports(path: Path) -> None:
     for node in nodes(parse(path)):

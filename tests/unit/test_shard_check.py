@@ -16,9 +16,9 @@ import pytest
 
 from data_prep import isolated, shard_check
 from data_prep.foreign.dialects import inspect_foreign
+from data_prep.foreign.row_checks import KnownIds
 from data_prep.instances import row_type
 from data_prep.masking import MaskingPolicy
-from data_prep.row_checks import KnownIds
 from data_prep.shard_check import check_folder, check_shard
 from data_prep.shard_format import Manifest, write_manifest
 from data_prep.shard_writer import ShardLayout, write_shard
