@@ -61,6 +61,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],  # shards from MPI ranks; needs an MPI library on the machine
         "dev": [
             "hypothesis>=6.168",
+            "mpi4py>=4.0",
             "mypy>=2.4",
             "pytest>=9.2",
             "pytest-timeout>=2.4",

@@ -1,5 +1,6 @@
 """data_prep.workers: results in order, errors at their place, MPI's ranks as workers."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -60,7 +61,10 @@ def test_a_killed_worker_is_a_clear_error() -> None:
             list(workers.run(_die, range(3)))
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on this machine")
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
+    reason="needs mpirun and mpi4py",
+)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_mpi_ranks_give_the_same_bytes(tmp_path: Path, ranks: int) -> None:
     corpus = tmp_path / "a.txt"
