@@ -18,6 +18,8 @@ from data_prep.sources.blocks import RawBlock, Skipped, SourceOptions, parse_blo
 from data_prep.text_block import BoolArray, TextBlock
 from data_prep.workspace import Workspace, load_arrays, save_arrays
 
+# Every 200th document is held out (199:1, as StackingBERT's split.py does by line).
+HELD_OUT_EVERY = 200
 NUM_PERMUTATIONS = 128  # of MinHash; the estimate's standard error is then below 0.045
 Dedup = Literal["none", "document", "paragraph"]
 
@@ -56,6 +58,8 @@ class CleanBlock:
     seconds: dict[str, float]
     first_document: int = 0
     """Number of its first document among all that are kept, duplicates gone."""
+    held_out_every: int = HELD_OUT_EVERY
+    """Of `split` None, every n-th of those documents is validation."""
 
 
 def clean_job(job: CleanJob) -> CleanBlock:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.clean_step import (
+    HELD_OUT_EVERY,
     CleanBlock,
     CleanJob,
     clean_job,
@@ -23,13 +24,13 @@ from data_prep.cleaning.funnel import Funnel
 from data_prep.errors import DataError
 from data_prep.instances import row_type
 from data_prep.masking import MaskingPolicy
-from data_prep.progress import Steps
+from data_prep.progress import Advance, Steps
 from data_prep.report.page import write_page
 from data_prep.report.report import PrepareReport
 from data_prep.row_step import (
-    HELD_OUT_EVERY,
     LENGTH_BINS,
     SPLITS,
+    Chunk,
     ChunkRows,
     RowJob,
     chunks_of,
@@ -114,7 +115,7 @@ class _Run:
         blocks = self._clean(is_continued)
         tokenizer = self._tokenizer(blocks)
         chunks = self._rows(blocks)
-        self._check(blocks, chunks)
+        self._check(chunks)
         shards = self._shards(chunks, tokenizer)
         manifest = self._manifest(chunks, shards, tokenizer)
         self.report.finish(manifest, self.steps.seconds)
@@ -142,9 +143,41 @@ class _Run:
                 # Counted: a corpus has many blocks.
                 blocks.append(replace(block, funnel={}, messages=[], seconds={}))
             save_json(self.workspace.complete, len(blocks))
-        with self.steps.step("duplicates", None):
-            rules = self.settings.dedup, self.settings.near_dedup
-            return list(drop_duplicates(self.settings.out, blocks, *rules, self.report.funnel))
+        dropped = drop_duplicates(
+            self.settings.out,
+            blocks,
+            self.settings.dedup,
+            self.settings.near_dedup,
+            self.report.funnel,
+        )
+        kept = []
+        with self.steps.step("duplicates", sum(block.num_bytes for block in blocks)) as advance:
+            for before, block in zip(blocks, dropped, strict=True):
+                kept.append(block)
+                advance(before.num_bytes)
+        return self._hold_out(kept)
+
+    def _hold_out(self, blocks: list[CleanBlock]) -> list[CleanBlock]:
+        """Refuse a corpus without one of its splits; of a small one hold out the last document."""
+        counts: dict[Split | None, int] = {"training": 0, "validation": 0, None: 0}
+        for block in blocks:
+            counts[block.split] += block.num_documents
+        why = f"; skipped: {self.report.messages[0]}" if self.report.messages else ""
+        if not counts["training"] + counts[None]:
+            raise DataError(
+                f"the training inputs hold no text: every document is empty or a duplicate{why}"
+            )
+        if self.settings.validation and not counts["validation"]:
+            raise DataError(f"the --validation files hold no text{why}")
+        if counts[None] == 1:
+            raise DataError(
+                "there is only one document, and one must be held out: name held-out files with "
+                f"--validation, or tell what ends a document with --documents{why}"
+            )
+        if counts[None]:
+            every = min(HELD_OUT_EVERY, counts[None])
+            return [replace(block, held_out_every=every) for block in blocks]
+        return blocks
 
     def _clean_blocks(self, is_continued: bool) -> Iterator[CleanBlock]:
         """Yield the blocks in order; what an earlier run has cleaned is not cleaned again."""
@@ -194,17 +227,19 @@ class _Run:
     def _tokenizer(self, blocks: list[CleanBlock]) -> WordPieceTokenizer:
         """Load or train the tokenizer and put it into the folder."""
         settings = self.settings
-        with self.steps.step("vocabulary", None):
+        chunks = [] if settings.tokenizer else self._vocabulary_chunks(blocks)
+        num_bytes = sum(block.num_bytes for chunk in chunks for block in chunk.blocks)
+        with self.steps.step("vocabulary", 2 * num_bytes) as advance:  # two passes over the text
             if settings.tokenizer:
                 tokenizer = load_tokenizer(settings.tokenizer)
             else:
-                counts = count_characters(self._training_texts(blocks))
+                counts = count_characters(self._texts(chunks, advance))
                 if not counts:
                     raise DataError(
                         "the training inputs hold no text; nothing to make a vocabulary of"
                     )
                 tokenizer = train_tokenizer(
-                    self._training_texts(blocks),
+                    self._texts(chunks, advance),
                     counts,
                     settings.vocab_size,
                     kind=settings.tokenizer_kind,
@@ -212,12 +247,17 @@ class _Run:
             tokenizer.save(settings.out)
         return tokenizer
 
-    def _training_texts(self, blocks: list[CleanBlock]) -> Iterator[str]:
-        """Yield the training documents, or those of every n-th chunk if there are too many."""
+    def _vocabulary_chunks(self, blocks: list[CleanBlock]) -> list[Chunk]:
+        """Return the training chunks, or every n-th of them if there are too many."""
         chunks = [chunk for chunk in chunks_of(blocks) if chunk.split == "training"]
         num_bytes = sum(block.num_bytes for chunk in chunks for block in chunk.blocks)
-        for chunk in chunks[:: -(-num_bytes // VOCABULARY_BYTES) or 1]:
+        return chunks[:: -(-num_bytes // VOCABULARY_BYTES) or 1]
+
+    def _texts(self, chunks: list[Chunk], advance: Advance) -> Iterator[str]:
+        """Yield the documents of some chunks."""
+        for chunk in chunks:
             yield from documents_of(self.settings.out, chunk).texts()
+            advance(sum(block.num_bytes for block in chunk.blocks))
 
     def _rows(self, blocks: list[CleanBlock]) -> list[ChunkRows]:
         """Turn the clean text into rows."""
@@ -230,23 +270,16 @@ class _Run:
                 chunks.append(replace(chunk, seconds={}))
         return chunks
 
-    def _check(self, blocks: list[CleanBlock], chunks: list[ChunkRows]) -> None:
-        """Refuse a corpus without one of its splits."""
-        rows = {s: sum(chunk.num_rows for chunk in chunks if chunk.split == s) for s in SPLITS}
-        if not rows["training"]:
-            raise DataError(
-                "the training inputs gave no sequence: every document is empty, a duplicate, or "
-                "held out"
-            )
-        if not rows["validation"]:
-            hint = (
-                "the --validation files hold no text"
-                if self.settings.validation
-                else f"every {HELD_OUT_EVERY}th document is held out and there are only "
-                f"{sum(block.num_documents for block in blocks)}: name held-out files with "
-                "--validation"
-            )
-            raise DataError(f"no validation sequence: {hint}")
+    def _check(self, chunks: list[ChunkRows]) -> None:
+        """Refuse splits without a row, and tell what pairs of a single document mean."""
+        for split in SPLITS:
+            if not sum(chunk.num_rows for chunk in _of(chunks, split)):
+                raise DataError(f"the {split} documents gave no sequence: they hold no word")
+            documents = sum(chunk.num_documents for chunk in _of(chunks, split))
+            if documents == 1 and self.settings.pairs == "nsp":
+                self.report.notes.append(
+                    f"there is only one {split} document: its random next texts are its own"
+                )
 
     def _shards(self, chunks: list[ChunkRows], tokenizer: WordPieceTokenizer) -> list[DoneShard]:
         """Shuffle the rows into shards."""

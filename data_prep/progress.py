@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -14,7 +15,6 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -33,9 +33,7 @@ class Steps:
             BarColumn(),
             TaskProgressColumn(),
             _Speed(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("so far"),
+            _Left(),
             TimeElapsedColumn(),
             console=console,
             disable=not (is_live and console.is_terminal),
@@ -56,18 +54,36 @@ class Steps:
 
         `total` None: its length is not known before.
         """
-        task = self._progress.add_task(name, total=total or None, unit=unit)
+        # A step of unknown length has no speed either.
+        task = self._progress.add_task(name, total=total or None, unit=unit if total else "")
         start = time.perf_counter()
         yield lambda amount: self._progress.advance(task, amount)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self._progress.update(task, completed=total or 1, total=total or 1)
 
 
+def _speed(task: Task) -> float:
+    """Mean over the step: the library's own is of the last moments, and jobs end in jumps."""
+    return task.completed / (task.finished_time or task.elapsed or 1e9)
+
+
 class _Speed(ProgressColumn):
     """Megabytes, or other things, a second."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed or 0.0
         unit = task.fields["unit"]
+        if not unit:
+            return Text("")
+        speed = _speed(task)
         shown = f"{speed / 1e6:7.1f}" if unit == "MB" else f"{speed:7,.0f}"
         return Text(f"{shown} {unit}/s")
+
+
+class _Left(ProgressColumn):
+    """Time left at the mean speed."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None or not task.completed:
+            return Text("-:--:-- left")
+        seconds = (task.total - task.completed) / max(_speed(task), 1e-9)
+        return Text(f"{timedelta(seconds=round(seconds))} left")

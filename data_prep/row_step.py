@@ -23,8 +23,6 @@ from data_prep.tokens.tokenizer import WordPieceTokenizer, load_tokenizer
 from data_prep.workspace import Workspace, hash_of, load_arrays, save_arrays, temporary_name
 
 SPLITS: tuple[Split, ...] = ("training", "validation")
-# Every 200th document is held out (199:1, as StackingBERT's split.py does by line).
-HELD_OUT_EVERY = 200
 # A chunk is made of whole blocks of at least this size in all. Random pairs are drawn inside it.
 CHUNK_BYTES = 1 << 20
 _STREAM = {"training": 1, "validation": 2}
@@ -105,7 +103,7 @@ def documents_of(out: Path, chunk: Chunk) -> TextBlock:
         text = load_block(out, block)
         if block.split is None:
             number = block.first_document + np.arange(text.num_documents)
-            is_held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            is_held_out = number % block.held_out_every == block.held_out_every - 1
             text = text.select(is_held_out == (chunk.split == "validation"))
         texts.append(text)
     counts = np.concatenate([text.paragraph_counts for text in texts])
@@ -177,7 +175,8 @@ def _num_documents(block: CleanBlock, split: Split) -> int:
     if block.split is not None:
         return block.num_documents if block.split == split else 0
     end = block.first_document + block.num_documents
-    held_out = end // HELD_OUT_EVERY - block.first_document // HELD_OUT_EVERY
+    every = block.held_out_every
+    held_out = end // every - block.first_document // every
     return held_out if split == "validation" else block.num_documents - held_out
 
 

@@ -6,7 +6,7 @@ Each field is a command-line flag: launch/prepare_data.py is made of them.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import ceil
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from data_prep.cleaning.clean import PRESETS, CleaningRules, rules_from
 from data_prep.errors import DataError, ShardError
 from data_prep.flags import flag
 from data_prep.instances import Pairs
-from data_prep.shard_format import file_sha256, read_manifest
+from data_prep.shard_format import file_sha256, inspect_shard, read_manifest
 from data_prep.sources.blocks import SourceOptions, find_files
 from data_prep.tokens.tokenizer import load_tokenizer
 
@@ -27,6 +27,8 @@ class PrepareSettings:
     inputs: tuple[Path, ...] = flag(
         ".jsonl, .txt, MediaWiki's .xml, each also with .gz, .bz2, .xz, .zst; .parquet; folders",
         kind=Path,
+        metavar="INPUT",
+        positional="many",
         vocab=True,
     )
     out: Path = flag("folder to write", kind=Path, metavar="DIR", vocab=True)
@@ -121,21 +123,38 @@ class PrepareSettings:
                 f"--max-predictions-per-seq {self.max_predictions_per_seq}: 0 to --max-seq-length",
             ),
             (
-                self.static_masks or not self.whole_word,
-                "--whole-word: with --static-masks only; dynamic masks take it from the recipe",
-            ),
-            (
                 self.static_masks or self.pairs != "none" or self.dupe_factor == 1,
                 "--dupe-factor: without --static-masks or --pairs the copies would be equal",
             ),
         ]
-        faults = [text for is_right, text in limits if not is_right]
+        faults = [text for is_right, text in limits if not is_right] + self._idle_flags()
         try:
             _ = self.rules
         except DataError as error:
             faults.append(str(error))
         if faults:
             raise DataError("; ".join(faults))
+
+    def _idle_flags(self) -> list[str]:
+        """Name flags that were changed but have no effect beside the others."""
+        needs: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "--static-masks": (
+                self.static_masks,
+                ("whole_word", "masked_lm_prob", "max_predictions_per_seq"),
+            ),
+            "--pairs nsp or sop": (self.pairs in ("nsp", "sop"), ("short_seq_prob",)),
+            "no --tokenizer, which brings its own": (
+                self.tokenizer is None,
+                ("vocab_size", "tokenizer_kind"),
+            ),
+        }
+        defaults = {one.name: one.default for one in fields(self)}
+        return [
+            f"--{name.replace('_', '-')}: has an effect only with {condition}"
+            for condition, (holds, names) in needs.items()
+            for name in names
+            if not holds and getattr(self, name) != defaults[name]
+        ]
 
 
 _NOT_IN_BYTES = (
@@ -187,13 +206,16 @@ def is_finished(out: Path, settings: dict[str, object]) -> bool:
             f"{out}: holds shards made with other settings ({changes}); choose another --out, "
             "or remove this folder"
         )
-    entries = manifest.training + manifest.validation
-    lost = [entry.file for entry in entries if not (out / entry.file).exists()]
-    if lost:
-        raise ShardError(
-            f"{out}: finished, but {', '.join(lost[:3])} is gone; remove the folder and "
-            "prepare it again"
-        )
+    for entry in manifest.training + manifest.validation:
+        try:
+            is_whole = inspect_shard(out / entry.file).num_rows == entry.rows
+        except ShardError:
+            is_whole = False
+        if not is_whole:
+            raise ShardError(
+                f"{out}: finished once, but {entry.file} is gone or damaged; remove the folder "
+                "and prepare it again (`check` says more)"
+            )
     return True
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError, ShardError
+from data_prep.flags import flag
 from data_prep.foreign.dialects import ShardHead, inspect_foreign, read_rows
 from data_prep.foreign.files import find_files
 from data_prep.foreign.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
@@ -47,9 +48,21 @@ _Job = tuple[ShardHead, KnownIds | None]
 _Result = tuple[list[str], dict[str, object]]
 
 
-def check_folder(data_dir: Path) -> list[str]:
-    """Return every fault of a data folder, one line each; without manifest the shards alone are
-    checked.
+@dataclass(frozen=True, kw_only=True)
+class CheckSettings:
+    """What `check` was asked for."""
+
+    data_dir: Path = flag("folder of shards", kind=Path, metavar="DIR", positional="one")
+    tokenizer: Path | None = flag(
+        "vocabulary of shards without manifest", None, kind=Path, metavar="FILE"
+    )
+
+
+def check_folder(data_dir: Path, vocabulary: Path | None = None) -> list[str]:
+    """Return every fault of a data folder, one line each.
+
+    Without manifest the shards alone are checked, against `vocabulary` or one that lies in the
+    folder; with neither, ids have no upper bound.
     """
     if not data_dir.is_dir():
         return [f"{data_dir}: no such folder"]
@@ -72,7 +85,10 @@ def check_folder(data_dir: Path) -> list[str]:
             "name)"
         )
     ids = None
-    if manifest is not None:
+    if manifest is None:
+        ids, told = _ids_of_vocabulary(data_dir, vocabulary)
+        faults += told
+    else:
         ids = known_ids(manifest.vocab_size, manifest.special_token_ids)
         faults += _check_manifest(data_dir, manifest) + _check_tokenizer(data_dir, manifest)
     seen: dict[str, tuple[Path, object]] = {}
@@ -83,6 +99,22 @@ def check_folder(data_dir: Path) -> list[str]:
             if manifest is None:
                 faults += _differences(path, split, signature, seen)
     return faults
+
+
+def _ids_of_vocabulary(
+    data_dir: Path, vocabulary: Path | None
+) -> tuple[KnownIds | None, list[str]]:
+    """Return what is known of a manifest-less folder's ids, and a broken vocabulary's fault."""
+    names = ("tokenizer.json", VOCABULARY)
+    if vocabulary is None and any((data_dir / name).is_file() for name in names):
+        vocabulary = data_dir
+    if vocabulary is None:
+        return None, []
+    try:
+        tokenizer = load_tokenizer(vocabulary)
+    except DataError as error:
+        return None, [str(error)]
+    return known_ids(tokenizer.vocab_size, tokenizer.special_token_ids), []
 
 
 def check_shard(path: Path, vocab_size: int | None = None) -> list[str]:
@@ -186,6 +218,7 @@ def _signature(head: ShardHead, ids: KnownIds | None) -> dict[str, object]:
         "P": head.max_predictions_per_seq,
         "next_sentence_labels": "there" if head.has_labels else "missing",
         "tokenizer_sha256": head.tokenizer_sha256,
+        **{f"the type of {name}": kind for name, kind in head.types},
     }
     if ids is not None:
         signature |= {"the id of [CLS]": ids.cls, "the id of [SEP]": ids.sep}
@@ -284,9 +317,12 @@ def _check_types(info: ShardInfo, manifest: Manifest) -> list[str]:
 def _check_tokenizer(data_dir: Path, manifest: Manifest) -> list[str]:
     """Return where the vocabulary's files and the manifest disagree."""
     faults = []
+    path = data_dir / "tokenizer.json"
+    if not path.is_file():
+        return [f"{path}: missing; the shards' vocabulary belongs to them"]
     try:
         tokens = load_vocabulary(data_dir)
-        tokenizer = load_tokenizer(data_dir)
+        tokenizer = load_tokenizer(path)
         if manifest.tokenizer_sha256 != tokenizer.sha256 or tokens != tokenizer.tokens:
             faults.append(
                 f"{data_dir / VOCABULARY}: not the vocabulary of the manifest; the shards have "

@@ -136,8 +136,7 @@ def exclusive_folder(out: Path, fingerprint: str = "") -> Iterator[bool]:
         foreign = sorted(path.name for path in out.iterdir()) if not marker.exists() else []
         if foreign:
             raise ShardError(
-                f"{out}: not empty ({', '.join(foreign[:3])}) and not made by this command; "
-                "choose another --out"
+                f"{out}: not empty ({', '.join(foreign[:3])}); choose another --out, or remove it"
             )
         stream = marker.open("a+")
     except OSError as error:

@@ -44,7 +44,7 @@ def write_tokenizer(source: Path, folder: Path, config: BertConfig, *, has_segme
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "model_input_names": names,
-        "clean_up_tokenization_spaces": True,
+        "clean_up_tokenization_spaces": tokenizer["model"]["type"] == "WordPiece",
         **special,
     }
     _write_json(folder / "tokenizer_config.json", settings)

@@ -55,7 +55,12 @@ _KEPT = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 class ConvertSettings:
     """Everything that `convert` was asked for."""
 
-    inputs: tuple[Path, ...] = flag("HDF5 files, or folders of them at any depth", kind=Path)
+    inputs: tuple[Path, ...] = flag(
+        "HDF5 files, or folders of them at any depth",
+        kind=Path,
+        metavar="INPUT",
+        positional="many",
+    )
     out: Path = flag("folder to write", kind=Path, metavar="DIR")
     tokenizer: Path = flag("vocabulary behind the ids", kind=Path, metavar="FILE")
     dialect: Dialect = flag(
@@ -281,8 +286,9 @@ class _Conversion:
         return stream.getvalue()
 
     def statistics(self) -> dict[str, float]:
-        """Return the share of padding in each split."""
-        return {
+        """Return the tokens, special ones included, and the share of padding in each split."""
+        real = {f"{split}_tokens": float(self._real[split]) for split in SPLITS}
+        return real | {
             f"{split}_padding_share": round(1 - self._real[split] / self._tokens[split], 6)
             for split in SPLITS
         }

@@ -63,6 +63,8 @@ class ShardHead:
     """Rows of a block, whole HDF5 chunks of them."""
     tokenizer_sha256: str | None = None
     """The vocabulary behind the ids, where the file says so."""
+    types: tuple[tuple[str, str], ...] = ()
+    """(dataset, its type) of fixed rows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -138,6 +140,7 @@ def inspect_foreign(path: Path) -> ShardHead:
                 has_labels=LABELS in info.dtypes,
                 rows_at_once=_whole_chunks(file["input_ids"], info.max_seq_length),
                 tokenizer_sha256=info.tokenizer_sha256,
+                types=tuple(sorted((name, str(kind)) for name, kind in info.dtypes.items())),
             )
     except HDF5_ERRORS as error:
         raise unreadable(path, error) from error

@@ -52,6 +52,8 @@ def open_folder(inputs: Sequence[Path], out: Path, validation_share: float) -> F
             held_out_every = round(1 / validation_share)
     heads = [inspect_foreign(path) for path, _ in found]
     _check_alike(heads)
+    if held_out_every:  # one row at least
+        held_out_every = max(2, min(held_out_every, sum(head.num_rows for head in heads)))
     return ForeignFolder(tuple(zip(heads, splits, strict=True)), held_out_every)
 
 

@@ -27,6 +27,8 @@ class PrepareReport:
     """Decompressed."""
     merged: dict[str, int] = field(default_factory=dict)
     """Sentences that each rule of the short-sentence merge took out."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of the result."""
     cut_documents: int = 0
     broken_files: int = 0
     messages: list[str] = field(default_factory=list)
@@ -82,7 +84,8 @@ class PrepareReport:
             "out": str(self.out),
             "already_done": self.is_old,
             "manifest": asdict(self.manifest) if self.manifest else None,
-            "funnel": self.funnel.as_dict(),
+            "funnel": {**self.funnel.as_dict(), "read": asdict(self.funnel.read)},
+            "notes": self.notes,
             "input_bytes": self.num_input_bytes,
             "megabytes_per_second": round(self.megabytes_per_second, 3),
             "workers": self.num_workers,
@@ -110,17 +113,11 @@ class PrepareReport:
         if self.merged:
             parts = (f"{name.replace('_', ' ')} {count:,}" for name, count in self.merged.items())
             lines.append(f"short-sentence merge took out sentences: {', '.join(parts)}")
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"skipped  {message}" for message in self.messages]
         if self.cut_documents:
             lines.append(f"{self.cut_documents:,} times a very long document was cut in two")
-        lines.append(f"\n{'':<12}{'sequences':>12}{'shards':>9}{'tokens':>15}{'padding':>10}")
-        for split in SPLITS:
-            entries, facts = manifest.entries(split), manifest.statistics
-            lines.append(
-                f"{split:<12}{sum(entry.rows for entry in entries):>12,}{len(entries):>9,}"
-                f"{facts[f'{split}_tokens']:>15,.0f}{facts[f'{split}_padding_share']:>10.1%}"
-            )
-        return "\n".join([*lines, "", *self._times()])
+        return "\n".join([*lines, "", splits_table(manifest), "", *self._times()])
 
     def _times(self) -> list[str]:
         total, of_workers = sum(self.seconds.values()), sum(self.worker_seconds.values())
@@ -134,3 +131,16 @@ class PrepareReport:
             f"{'s' * (self.num_workers > 1)}; vocabulary of {self.manifest.vocab_size:,}"  # type: ignore[union-attr]
             f"; {self.out}",
         ]
+
+
+def splits_table(manifest: Manifest) -> str:
+    """Return sequences, shards, tokens and padding of both splits."""
+    facts = manifest.statistics
+    lines = [f"{'':<12}{'sequences':>12}{'shards':>9}{'tokens':>15}{'padding':>10}"]
+    for split in SPLITS:
+        entries = manifest.entries(split)
+        lines.append(
+            f"{split:<12}{sum(entry.rows for entry in entries):>12,}{len(entries):>9,}"
+            f"{facts[f'{split}_tokens']:>15,.0f}{facts[f'{split}_padding_share']:>10.1%}"
+        )
+    return "\n".join(lines)

@@ -288,7 +288,9 @@ def _digest(folder: Path) -> dict[str, str]:
 
 def test_loaded_tokenizer_gives_the_same_shards_as_the_trained_one(tmp_path: Path) -> None:
     first = _manifest(_settings(tmp_path))
-    settings = _settings(tmp_path, out=tmp_path / "b", tokenizer=tmp_path / "out/vocab.txt")
+    settings = _settings(
+        tmp_path, out=tmp_path / "b", tokenizer=tmp_path / "out/vocab.txt", vocab_size=8192
+    )
     second = _manifest(settings)
     assert second.training == first.training
     assert second.tokenizer_sha256 == first.tokenizer_sha256
@@ -314,17 +316,67 @@ def _one_worker(settings: PrepareSettings) -> tuple[Any, Any]:
     return Workers(None, 1), Steps(is_live=False)
 
 
-def test_too_few_documents_ask_for_validation_files(tmp_path: Path) -> None:
+def test_of_a_small_corpus_the_last_document_is_held_out(tmp_path: Path) -> None:
     _corpus(tmp_path / "corpus.jsonl", 7)
-    with pytest.raises(DataError, match="every 200th document.*only 7: .*--validation"):
+    settings = _settings(tmp_path, pairs="nsp", vocab_size=90)
+    report = _prepare(settings)
+    assert report.manifest is not None
+    assert report.manifest.num_documents == {"training": 6, "validation": 1}
+    assert "only one validation document" in report.text()
+    assert check_folder(settings.out) == []
+
+
+def test_one_document_asks_for_validation_files(tmp_path: Path) -> None:
+    _corpus(tmp_path / "corpus.jsonl", 1)
+    with pytest.raises(DataError, match="only one document.*--validation.*--documents"):
         _prepare(_settings(tmp_path))
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_when_nothing_is_left_the_first_skip_is_named(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("not json\n")
+    with pytest.raises(DataError, match=r"no text: .*skipped: .*corpus\.jsonl:1: not a JSON"):
+        _prepare(_settings(tmp_path, skip_bad=True))
+
+
+def test_scripts_get_a_funnel_that_adds_up(tmp_path: Path) -> None:
+    corpus = _corpus(tmp_path / "corpus.jsonl")
+    with corpus.open("a") as stream:
+        stream.write('not json\n{"text": " "}\n')
+    funnel = _prepare(_settings(tmp_path, skip_bad=True)).as_dict()["funnel"]
+    documents = {rule: counts["documents"] for rule, counts in funnel.items()}
+    assert documents["read"] == 412
+    assert documents.pop("read") == sum(documents.values())
+
+
+def test_a_damaged_shard_is_not_called_done(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    _prepare(settings)
+    os.truncate(settings.out / "training_00000.hdf5", 3000)
+    with pytest.raises(ShardError, match=r"training_00000\.hdf5 is gone or damaged"):
+        _prepare(settings)
 
 
 def test_impossible_settings_are_listed_together(tmp_path: Path) -> None:
     settings = _settings(tmp_path, max_seq_length=4, workers=1, masked_lm_prob=1.5, dupe_factor=2)
     with pytest.raises(DataError, match="max-seq-length 4.*masked-lm-prob 1.5.*dupe-factor"):
         _prepare(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"whole_word": True}, "--whole-word: has an effect only with --static-masks"),
+        ({"masked_lm_prob": 0.2}, "--masked-lm-prob: .* --static-masks"),
+        ({"short_seq_prob": 0.2, "pairs": "lines"}, "--short-seq-prob: .* --pairs nsp or sop"),
+        ({"tokenizer": Path("v.txt")}, "--vocab-size: .* no --tokenizer"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        _prepare(_settings(tmp_path, **changes))
 
 
 def test_padding_share_of_the_shipped_corpus_is_below_5_percent(tmp_path: Path) -> None:

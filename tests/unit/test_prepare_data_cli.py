@@ -114,3 +114,13 @@ def test_ctrl_c_ends_with_3_and_the_same_command_goes_on(tmp_path: Path) -> None
     assert process.returncode == 3
     assert errors == "stopped early; the same command goes on from here\n"
     assert _run(*arguments).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [("shards", "a.txt"), ("shards", "a.txt", "--out", "x", "--dedup", "non"), ("go",)]
+)
+def test_a_mistyped_command_is_one_json_object_too(arguments: tuple[str, ...]) -> None:
+    result = _run(*arguments, "--json")
+    assert result.returncode == 2
+    assert list(json.loads(result.stderr)) == ["error"]
+    assert result.stdout == ""

@@ -28,7 +28,7 @@ FLAGS = {
         "--truncate", "--validation-share", "--keep-order", "--masked-lm-prob",
         "--max-predictions-per-seq", "--rows-per-shard", "--seed",
     },
-    "prepare_data.py check": {JSON},
+    "prepare_data.py check": {JSON, "--tokenizer"},
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
         "--strict-precision",

@@ -348,3 +348,36 @@ def test_broken_manifest_is_one_fault(finished: Path) -> None:
 def _content(folder: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((folder / "manifest.json").read_text())
     return content
+
+
+def test_ids_outside_are_found_without_a_manifest_where_a_vocabulary_is_known(
+    finished: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (finished / "manifest.json").unlink()
+    with h5py.File(finished / "training_00001.hdf5", "r+") as file:
+        file["input_ids"][3, 4] = 30_000
+    (fault,) = check_folder(finished)
+    assert "training_00001.hdf5: row 3" in fault
+    assert "30000" in fault
+    elsewhere = tmp_path_factory.mktemp("vocabulary")
+    for name in ("vocab.txt", "tokenizer.json"):
+        (finished / name).rename(elsewhere / name)
+    assert check_folder(finished) == []
+    assert check_folder(finished, elsewhere / "vocab.txt") == [fault]
+    assert "cannot be read" in check_folder(finished, elsewhere / "none.txt")[0]
+
+
+def test_a_missing_tokenizer_is_named(finished: Path) -> None:
+    (finished / "tokenizer.json").unlink()
+    (fault,) = check_folder(finished)
+    assert fault.startswith(f"{finished / 'tokenizer.json'}: missing")
+
+
+def test_mixed_types_are_named_without_a_manifest(finished: Path) -> None:
+    (finished / "manifest.json").unlink()
+    with h5py.File(finished / "training_00001.hdf5", "r+") as file:
+        ids = file["input_ids"][:]
+        del file["input_ids"]
+        file.create_dataset("input_ids", data=ids.astype("i8"))
+    (fault,) = check_folder(finished)
+    assert "the type of input_ids is int64 here" in fault
