@@ -151,8 +151,15 @@ class Stage(Frozen):
 
     num_hidden_layers: int = Field(gt=0, description="Encoder layers in this stage.")
     steps: int = Field(gt=0, description="Optimizer steps of this stage.")
-    depth: Literal["stack", "interleave", "copy_top", "random"] = Field(
+    depth: Literal[
+        "stack", "interleave", "copy_top", "append_last", "middle",
+        "random", "identity", "identity_noise", "identity_exact",
+    ] = Field(
         default="stack", description="Depth operator on entry; ignored in the first stage."
+    )  # fmt: skip
+    broken_promise: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="What happens if growth that promises to keep the function changes it.",
     )
     deepspeed: dict[str, object] = Field(
         default_factory=dict,
@@ -333,7 +340,7 @@ def _stage_faults(stages: Sequence[Stage | None], model: BertConfig | None) -> l
 
 
 def _depth_faults(path: str, old: int, stage: Stage) -> list[str]:
-    """What stacking.growth.depth would refuse hours later. 'stack' and 'random' take any growth."""
+    """What stacking.growth.depth would refuse hours later; the other operators take any growth."""
     new = stage.num_hidden_layers
     if new < old:
         return [
@@ -345,9 +352,9 @@ def _depth_faults(path: str, old: int, stage: Stage) -> list[str]:
             f"{path}.depth: got 'interleave' from {old} to {new} layers; allowed: a multiple of "
             f"{old}, because each layer is repeated equally often; or depth 'stack'"
         ]
-    if stage.depth == "copy_top" and new > 2 * old:
+    if stage.depth in ("copy_top", "middle") and new > 2 * old:
         return [
-            f"{path}.depth: got 'copy_top' from {old} to {new} layers; allowed: at most {2 * old}, "
-            f"because the {old} old layers are copied at most once; or depth 'stack'"
+            f"{path}.depth: got '{stage.depth}' from {old} to {new} layers; allowed: at most "
+            f"{2 * old}, because the {old} old layers are copied at most once; or depth 'stack'"
         ]
     return []

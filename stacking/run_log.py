@@ -145,6 +145,8 @@ class RunLog:
             f"{report.to_num_hidden_layers} layers in {report.seconds:.1f} s; probe loss "
             f"{report.loss_before:.3f} -> {report.loss_after:.3f}"
         )
+        if report.warning:
+            self.say(f"warning: {report.warning}")
 
     def run_end(self, state: TrainState) -> None:
         """The closing row, once, and the result in one line."""

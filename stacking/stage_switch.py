@@ -17,7 +17,8 @@ from stacking import distributed
 from stacking.config import BertConfig, Recipe
 from stacking.dataset import MaskedLMBatch
 from stacking.engine import TrainEngine
-from stacking.growth import grow_weights
+from stacking.errors import GrowthError
+from stacking.growth import grow_weights, promised_tolerance
 from stacking.modeling import BertForPreTraining
 from stacking.snapshot import Snapshot
 
@@ -34,6 +35,10 @@ class SwitchReport:
     loss_before: float = float("nan")
     loss_after: float = float("nan")
     max_logit_difference: float = float("nan")
+    relative_logit_difference: float = float("nan")
+    promised_tolerance: float | None = None
+    """On the relative difference; None: the operator may change the function."""
+    warning: str = ""
     seconds: float = 0.0
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     rss_bytes: int = 0
@@ -73,13 +78,16 @@ def switch_stage(
         from_num_hidden_layers=source.num_hidden_layers,
         to_num_hidden_layers=target.num_hidden_layers,
         operator=recipe.stages[to_stage].depth,
+        promised_tolerance=promised_tolerance(source, target, depth=recipe.stages[to_stage].depth),
     )
     old = take(report)
     with report.timed("grow"):
         grown = grow_for_stage(recipe, to_stage, old.weights)
     with report.timed("probe"):
-        if probe is not None and distributed.is_main():
-            _measure(report, (source, old.weights), (target, grown), probe)
+        if probe is not None:
+            measured = (source, old.weights), (target, grown)
+            distributed.on_main(lambda: _measure(report, *measured, probe))
+            distributed.on_main(lambda: _judge(report, recipe.stages[to_stage].broken_promise))
     with report.timed("build"):
         # Fresh moments; the loss scale goes on, or fp16 would skip the stage's first steps.
         engine = build(Snapshot(grown, loss_scale=old.loss_scale))
@@ -110,6 +118,27 @@ def _measure(
     loss_after, logits_after = _probe_model(*after, batch, device)
     report.loss_before, report.loss_after = loss_before, loss_after
     report.max_logit_difference = float((logits_after - logits_before).abs().max())
+    report.relative_logit_difference = report.max_logit_difference / float(
+        logits_before.abs().max().clamp_min(1e-30)
+    )
+
+
+def _judge(report: SwitchReport, broken_promise: str) -> None:
+    """Hold the operator to its promise; GrowthError, or a warning in the report."""
+    tolerance = report.promised_tolerance
+    # Written so that a NaN breaks the promise.
+    if tolerance is None or report.relative_logit_difference <= tolerance:
+        return
+    report.warning = (
+        f"growth by {report.operator!r} from {report.from_num_hidden_layers} to "
+        f"{report.to_num_hidden_layers} layers promises to keep the function to {tolerance:.0e}, "
+        f"but the logits moved by {report.relative_logit_difference:.1e} of the largest"
+    )
+    if broken_promise == "refuse":
+        raise GrowthError(
+            f"{report.warning}; the stage before is saved. To go on all the same, set this "
+            'stage\'s broken_promise to "warn"'
+        )
 
 
 @torch.no_grad()

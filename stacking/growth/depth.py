@@ -1,16 +1,249 @@
-"""Depth growth: which old layer fills each new layer; L layers' weights in, L' layers' out."""
+"""Depth growth: which old layer fills each new layer; L layers' tensors in, L' layers' out.
+
+Two families. `CopyLayers` fills every layer with a copy of an old one: the function changes, and
+training starts from a good place. `NewLayers` keeps the old layers and puts new ones between or
+above them; with zero output projections a new layer passes its input on.
+
+Exactness and moments. Where an operator is exact, grown(map(w)) = small(w) for every w, and each
+old number has exactly one place in the grown model; so by the chain rule the gradient there is the
+gradient of the small model, and Adam's moments move with their weights by a factor of 1 (its
+square: 1). New places hold no history: zeros. Copies have no such law; both copies get the old
+layer's moments, as in double.py --double-optimizer of Gong et al. 2019.
+"""
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
+from stacking.config import BertConfig
 from stacking.errors import GrowthError
+from stacking.growth.contract import (
+    TOLERANCE,
+    Contract,
+    GrowthOperator,
+    Kind,
+    LayerNormKind,
+    fixed_faults,
+    parameter_shapes,
+    require_legal,
+    require_tensors,
+)
 
-DepthOperator = Literal["stack", "interleave", "copy_top", "random"]
+CopyMap = Literal["stack", "interleave", "copy_top", "append_last", "middle"]
+DepthOperator = Literal["stack", "interleave", "copy_top", "append_last", "middle", "random"]
+"""The operators that are a layer map and nothing else."""
+Addition = Literal["random", "identity", "identity_noise", "identity_exact"]
+Placement = Literal["top", "spread"]
+
+PAPER_NOISE = 0.03
+"""Standard deviation of `identity_noise` (Gong et al. 2019, section 4.1)."""
+EPSILON_SLACK = 10.0
+"""A post-LN layer that passes its input on normalises it once more, which scales a token whose
+variance before the host's LayerNorm was v by 1 + eps / 2 * (1 / v - 1): within 10 eps of 1 where
+v > 0.05. Measured on random models: up to 1.2 eps of the largest logit. With BERT's eps of 1e-12
+this drowns in rounding, with StackingBERT's 1e-5 it does not."""
 
 _LAYER = re.compile(r"^encoder\.layers\.(\d+)\.(.+)$")
+_OUTPUT_PROJECTIONS = ("attention.output.weight", "feed_forward.output.weight")
+_LAST_NORM = "feed_forward_layer_norm"
+_NEIGHBOURS = ("interleave", "append_last")
+
+_COPY_SOURCES: dict[CopyMap, str] = {
+    "stack": "Gong et al. 2019, section 3, algorithm 1; any ratio: Gu et al. 2021, grow_bert's "
+    "transform_model",
+    "interleave": "Du et al. 2024 (arXiv 2405.15319), appendix H.2",
+    "copy_top": "Yang et al. 2020 (MSLT, arXiv 2011.13635); which layers are copied: our reading",
+    "append_last": "Reddi et al. 2023 (gradual stacking) with blocks of one layer",
+    "middle": "Saunshi et al. 2024 (MIDAS, arXiv 2409.19044), section 2",
+}
+_ADDITION_SOURCES: dict[Addition, str] = {
+    "random": "Bu 2025 (arXiv 2511.04981); the control of every comparison",
+    "identity": "Gong et al. 2019, section 4.1",
+    "identity_noise": "Gong et al. 2019, section 4.1",
+    "identity_exact": "Wang et al. 2024 (LEMON, arXiv 2310.07999), depth expansion of post-LN; "
+    "pre-LN: Gong et al. 2019, section 4.1",
+}
+
+
+@dataclass(frozen=True)
+class CopyLayers:
+    """Every layer of the grown model is a copy of an old one, as `layer_sources` says."""
+
+    name: CopyMap
+
+    def contract(self, config: BertConfig) -> Contract:
+        """Never exact: in both forms of LayerNorm a repeated layer does its work twice."""
+        symmetry = "positions differ"
+        if self.name in _NEIGHBOURS:
+            symmetry += "; copies are neighbours and come apart more slowly"
+        return Contract(frozenset(), {}, symmetry, _COPY_SOURCES[self.name])
+
+    def check(self, source: BertConfig, target: BertConfig) -> list[str]:
+        """Why `source` cannot grow into `target`; empty: it can."""
+        return fixed_faults(source, target, {"num_hidden_layers"}) + _layer_faults(
+            self.name, source.num_hidden_layers, target.num_hidden_layers
+        )
+
+    def origins(self, source: BertConfig, target: BertConfig) -> dict[str, str | None]:
+        """For each tensor of `target` the tensor of `source` that fills it."""
+        require_legal(self.name, self.check(source, target))
+        layers = layer_sources(self.name, source.num_hidden_layers, target.num_hidden_layers)
+        return _origins(target, layers)
+
+    def grow(
+        self,
+        tensors: Mapping[str, Tensor],
+        source: BertConfig,
+        target: BertConfig,
+        *,
+        kind: Kind = "weight",
+        fresh: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Copies of the old layers' tensors, of whatever kind; see GrowthOperator.grow."""
+        origins = self.origins(source, target)
+        require_tensors(tensors, source, "the model to grow")
+        return {name: _copy(tensors[str(origin)]) for name, origin in origins.items()}
+
+
+@dataclass(frozen=True)
+class NewLayers:
+    """The old layers stay, in order; new ones lie above them (`top`) or after each (`spread`).
+
+    `random`: new layers as freshly initialised. `identity`: zero output projections and biases,
+    other weights random. `identity_noise`: the same, with noise of standard deviation `sigma` in
+    place of those zeros. `identity_exact`: as `identity`, and in post-LN the last LayerNorm's
+    weight and bias move from the host (the old layer below) to the top of its new layers; host and
+    layers between get weight 1 and bias 0, so that each passes on what is normalised already.
+    """
+
+    name: Addition
+    sigma: float = 0.0
+    placement: Placement = "top"
+
+    def __post_init__(self) -> None:
+        """Refuse noise that the operator would not add."""
+        if self.sigma < 0 or (self.sigma > 0 and self.name != "identity_noise"):
+            raise GrowthError(
+                f"sigma: got {self.sigma} with {self.name!r}; allowed: 0, or a positive number "
+                "with 'identity_noise'"
+            )
+
+    def contract(self, config: BertConfig) -> Contract:
+        """Exact in pre-LN with zero output projections; in post-LN as far as the class says.
+
+        Without affine LayerNorms, post-LN has nothing to move: `identity` is then exact as well.
+        """
+        kinds: set[LayerNormKind] = set()
+        if self.name != "random" and self.sigma == 0:
+            kinds.add("pre")
+            if self.name == "identity_exact" or not config.layer_norm_affine:
+                kinds.add("post")
+        slack = EPSILON_SLACK * config.layer_norm_eps if config.layer_norm == "post" else 0.0
+        tolerance = {dtype: max(bound, slack) for dtype, bound in TOLERANCE.items()}
+        learns = "" if self.name == "random" else "; the zero output side learns first"
+        return Contract(
+            frozenset(kinds),
+            tolerance if kinds else {},
+            "nothing is duplicated: inner weights are random" + learns,
+            _ADDITION_SOURCES[self.name],
+        )
+
+    def check(self, source: BertConfig, target: BertConfig) -> list[str]:
+        """Why `source` cannot grow into `target`; empty: it can."""
+        return fixed_faults(source, target, {"num_hidden_layers"}) + _shrinking_faults(
+            source.num_hidden_layers, target.num_hidden_layers
+        )
+
+    def origins(self, source: BertConfig, target: BertConfig) -> dict[str, str | None]:
+        """For each tensor of `target` the tensor of `source` that fills it; None: it is new."""
+        require_legal(self.name, self.check(source, target))
+        layers = self._layers(source, target)
+        origins = _origins(target, layers)
+        if not self._moves_norms(target):
+            return origins
+        for host, top in _hosts_and_tops(layers):
+            for leaf in ("weight", "bias"):
+                moved = f"encoder.layers.{host}.{_LAST_NORM}.{leaf}"
+                receiver = f"encoder.layers.{top}.{_LAST_NORM}.{leaf}"
+                origins[receiver], origins[moved] = origins[moved], None
+        return origins
+
+    def grow(
+        self,
+        tensors: Mapping[str, Tensor],
+        source: BertConfig,
+        target: BertConfig,
+        *,
+        kind: Kind = "weight",
+        fresh: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Old tensors at their new places; in new places weights as the class says, moments zero.
+
+        See GrowthOperator.grow. `fresh` gives the random weights, `generator` the noise.
+        """
+        origins = self.origins(source, target)
+        require_tensors(tensors, source, "the model to grow")
+        if kind == "weight" and fresh is not None:
+            require_tensors(fresh, target, "the fresh model")
+        grown = {}
+        for name, origin in origins.items():
+            if origin is not None:
+                grown[name] = _copy(tensors[origin])
+                continue
+            like = tensors[_LAYER.sub(r"encoder.layers.0.\2", name)]
+            if kind != "weight":
+                grown[name] = torch.zeros_like(like, requires_grad=False)
+            elif fresh is None:
+                raise GrowthError(f"{self.name} needs a freshly initialised model to fill {name!r}")
+            else:
+                new = self._new_weight(name, fresh[name], target, generator)
+                grown[name] = new.to(like.device, like.dtype, copy=True)
+        return grown
+
+    def _new_weight(
+        self, name: str, fresh: Tensor, target: BertConfig, generator: torch.Generator | None
+    ) -> Tensor:
+        if self.name == "random":
+            return fresh.detach()
+        if name.endswith(_OUTPUT_PROJECTIONS) and self.sigma > 0:
+            if generator is None:
+                raise GrowthError(f"{self.name} needs a generator to draw noise for {name!r}")
+            return self.sigma * torch.randn(fresh.shape, generator=generator, dtype=torch.float32)
+        if name.endswith((".bias", *_OUTPUT_PROJECTIONS)):
+            return torch.zeros_like(fresh)
+        if self._moves_norms(target) and name.endswith("layer_norm.weight"):
+            return torch.ones_like(fresh)
+        return fresh.detach()
+
+    def _layers(self, source: BertConfig, target: BertConfig) -> list[int | None]:
+        old, new = source.num_hidden_layers, target.num_hidden_layers
+        if self.placement == "top":
+            return layer_sources("random", old, new)
+        # After layer i come as many new ones as bring the total to (i + 1) / old of all.
+        layers: list[int | None] = []
+        for layer in range(old):
+            layers += [layer] + [None] * ((layer + 1) * new // old - len(layers) - 1)
+        return layers
+
+    def _moves_norms(self, target: BertConfig) -> bool:
+        is_post = target.layer_norm == "post"
+        return self.name == "identity_exact" and is_post and target.layer_norm_affine
+
+
+DEPTH_OPERATORS: dict[str, GrowthOperator] = {
+    **{name: CopyLayers(name) for name in get_args(CopyMap)},
+    "random": NewLayers("random"),
+    "identity": NewLayers("identity"),
+    "identity_noise": NewLayers("identity_noise", sigma=PAPER_NOISE),
+    "identity_exact": NewLayers("identity_exact"),
+}
+"""Every depth operator with its published settings."""
 
 
 def layer_sources(operator: DepthOperator, old: int, new: int) -> list[int | None]:
@@ -18,28 +251,21 @@ def layer_sources(operator: DepthOperator, old: int, new: int) -> list[int | Non
 
     Raises GrowthError where the operator cannot make `new` layers out of `old`.
     """
-    if new < old:
-        raise GrowthError(
-            f"depth cannot shrink: from {old} to {new} layers was asked; give at least {old}"
-        )
+    if faults := _layer_faults(operator, old, new):
+        raise GrowthError("; ".join(faults))
     if operator == "stack":
         # Gong et al. 2019, section 3, algorithm 1; any ratio as in Gu et al. 2021, transform_model.
         return [layer % old for layer in range(new)]
     if operator == "interleave":
-        if new % old:
-            raise GrowthError(
-                f"interleave repeats each layer equally often: {old} layers cannot become {new}; "
-                f"give a multiple of {old} or use depth 'stack'"
-            )
         return [layer * old // new for layer in range(new)]
     if operator == "copy_top":
         # Yang et al. 2020 (MSLT): the new top layers copy the top block below them.
-        if new > 2 * old:
-            raise GrowthError(
-                f"copy_top copies the top {new - old} layers, but there are only {old}; "
-                f"grow to at most {2 * old} layers or use depth 'stack'"
-            )
         return [layer if layer < old else layer - (new - old) for layer in range(new)]
+    if operator == "append_last":
+        return [min(layer, old - 1) for layer in range(new)]
+    if operator == "middle":
+        end = _middle_block_start(old, new - old) + new - old
+        return [layer if layer < end else layer - (new - old) for layer in range(new)]
     return [layer if layer < old else None for layer in range(new)]
 
 
@@ -65,3 +291,68 @@ def grow_depth(
             raise GrowthError(f"the model to grow has no tensor {source_name!r} to fill {name!r}")
         grown[name] = weights[source_name].clone()
     return grown
+
+
+def _layer_faults(operator: DepthOperator, old: int, new: int) -> list[str]:
+    if operator not in get_args(DepthOperator):
+        allowed = ", ".join(get_args(DepthOperator))
+        return [f"{operator!r} is no layer map; allowed: {allowed}"]
+    if faults := _shrinking_faults(old, new):
+        return faults
+    if operator == "interleave" and new % old:
+        return [
+            f"interleave repeats each layer equally often: {old} layers cannot become {new}; "
+            f"give a multiple of {old} or use depth 'stack'"
+        ]
+    if operator == "copy_top" and new > 2 * old:
+        return [
+            f"copy_top copies the top {new - old} layers, but there are only {old}; "
+            f"grow to at most {2 * old} layers or use depth 'stack'"
+        ]
+    if operator == "middle" and new > 2 * old:
+        return [
+            f"middle copies a block of {new - old} layers, but there are only {old}; "
+            f"grow to at most {2 * old} layers or use depth 'stack'"
+        ]
+    return []
+
+
+def _shrinking_faults(old: int, new: int) -> list[str]:
+    if new >= old:
+        return []
+    return [f"depth cannot shrink: from {old} to {new} layers was asked; give at least {old}"]
+
+
+def _middle_block_start(old: int, block: int) -> int:
+    """First layer of the middle block of `block` layers, which is repeated right after itself.
+
+    Saunshi et al. 2024, section 2: of n = old / block blocks it is number ceil(n / 2), counted
+    from 1. Where the block does not divide the depth: the centred one, rounded down.
+    """
+    if block and old % block == 0:
+        return (-(-(old // block) // 2) - 1) * block
+    return (old - block) // 2
+
+
+def _origins(target: BertConfig, layers: list[int | None]) -> dict[str, str | None]:
+    """Tensor names from the layer map: outside the encoder's layers each fills itself."""
+    origins: dict[str, str | None] = {}
+    for name in parameter_shapes(target):
+        match = _LAYER.match(name)
+        layer = layers[int(match[1])] if match else None
+        if not match:
+            origins[name] = name
+        else:
+            origins[name] = None if layer is None else f"encoder.layers.{layer}.{match[2]}"
+    return origins
+
+
+def _hosts_and_tops(layers: list[int | None]) -> list[tuple[int, int]]:
+    """(old layer, last of the new layers right above it), as places in the grown model."""
+    hosts = [place for place, layer in enumerate(layers) if layer is not None]
+    ends = [*hosts[1:], len(layers)]
+    return [(host, end - 1) for host, end in zip(hosts, ends, strict=True) if end - 1 > host]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stacking.config import BertConfig
 from stacking.errors import GrowthError
-from stacking.growth.depth import DepthOperator, grow_depth, layer_sources
+from stacking.growth.contract import GrowthOperator
+from stacking.growth.depth import DEPTH_OPERATORS
 from stacking.modeling import BertForPreTraining, init_weights
 
 
@@ -16,7 +17,7 @@ def grow_weights(
     source: BertConfig,
     target: BertConfig,
     *,
-    depth: DepthOperator = "stack",
+    depth: str = "stack",
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Weights (fp32, CPU) of `source` turned into weights of `target`; the input is untouched.
@@ -24,17 +25,25 @@ def grow_weights(
     Deterministic in (weights, source, target, depth, seed), hence the same on every rank.
     Raises GrowthError where the sizes differ in more than depth or the operator does not fit.
     """
-    _check_only_depth_differs(source, target)
-    sources = layer_sources(depth, source.num_hidden_layers, target.num_hidden_layers)
+    generator = torch.Generator().manual_seed(seed)
     model = BertForPreTraining(target)
-    init_weights(model, torch.Generator().manual_seed(seed))
+    init_weights(model, generator)
     fresh = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
-    return grow_depth(weights, fresh, sources)
+    operator = _operator(depth)
+    return operator.grow(weights, source, target, fresh=fresh, generator=generator)
 
 
-def grow(
-    model: BertForPreTraining, target: BertConfig, depth: DepthOperator = "stack"
-) -> BertForPreTraining:
+def promised_tolerance(source: BertConfig, target: BertConfig, *, depth: str) -> float | None:
+    """How far fp32 logits may move, relative to the largest; None: the function may change."""
+    contract = _operator(depth).contract(target)
+    if source.num_hidden_layers == target.num_hidden_layers:
+        return 0.0  # nothing grows, every tensor is copied
+    if target.layer_norm not in contract.preserves:
+        return None
+    return contract.tolerance[torch.float32]
+
+
+def grow(model: BertForPreTraining, target: BertConfig, depth: str = "stack") -> BertForPreTraining:
     """A new model of size `target` grown from `model`, which stays as it is."""
     weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     grown = BertForPreTraining(target)
@@ -42,12 +51,7 @@ def grow(
     return grown
 
 
-def _check_only_depth_differs(source: BertConfig, target: BertConfig) -> None:
-    ours, theirs = source.model_dump(), target.model_dump()
-    faults = [
-        f"{key}: {ours[key]!r} cannot become {theirs[key]!r}"
-        for key in ours
-        if ours[key] != theirs[key] and key != "num_hidden_layers"
-    ]
-    if faults:
-        raise GrowthError("only num_hidden_layers can grow; " + "; ".join(faults))
+def _operator(depth: str) -> GrowthOperator:
+    if depth not in DEPTH_OPERATORS:
+        raise GrowthError(f"no depth operator {depth!r}; allowed: {', '.join(DEPTH_OPERATORS)}")
+    return DEPTH_OPERATORS[depth]

@@ -1,0 +1,128 @@
+"""What every growth operator promises: the form of a contract and of an operator.
+
+A growth operator is a pure function from one model's tensors to a larger model's. It declares
+whether the function that the model computes stays as it was, how exactly, and how units that
+were duplicated come apart in training; the tests hold it to that.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from stacking.config import BertConfig
+from stacking.errors import GrowthError
+from stacking.modeling import BertForPreTraining
+
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+"""What the tensors are: weights, or Adam's first or second moments of them."""
+
+LayerNormKind = Literal["post", "pre"]
+
+# On max |logit difference| relative to max |logit|: rounding over a few layers of each format.
+TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+# What differs here changes neither a tensor nor the function in eval mode.
+_TRAINING_ONLY = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The promise of one operator for one model.
+
+    Attributes:
+        preserves: the `layer_norm` kinds for which the function, in eval mode, is unchanged.
+        tolerance: per dtype, on max |logit difference| relative to max |logit|; empty where
+            nothing is preserved.
+        symmetry: how duplicated units come apart, or why there are none.
+        source: paper and section.
+    """
+
+    preserves: frozenset[LayerNormKind]
+    tolerance: dict[torch.dtype, float]
+    symmetry: str
+    source: str
+
+
+class GrowthOperator(Protocol):
+    """One way to grow one dimension."""
+
+    @property
+    def name(self) -> str:
+        """The operator's name in recipes."""
+
+    def contract(self, config: BertConfig) -> Contract:
+        """What is promised when a model of this form grows."""
+
+    def check(self, source: BertConfig, target: BertConfig) -> list[str]:
+        """Why `source` cannot grow into `target`; empty: it can."""
+
+    def grow(
+        self,
+        tensors: Mapping[str, Tensor],
+        source: BertConfig,
+        target: BertConfig,
+        *,
+        kind: Kind = "weight",
+        fresh: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Tensors of `source` turned into tensors of `target`.
+
+        The input is never modified and the result never aliases it. All randomness comes from
+        `generator`.
+
+        Args:
+            tensors: by the names of BertForPreTraining's parameters; any float dtype, kept; CPU.
+            source: the model that the tensors belong to.
+            target: the model to be filled.
+            kind: weights, or Adam's moments of them: the same index map, with the factors of the
+                gradient (exp_avg) or their squares (exp_avg_sq); fresh parts get zeros and no
+                moment gets noise.
+            fresh: a freshly initialised target's weights; may be None for moments.
+            generator: the source of noise; may be None where the operator draws none.
+
+        Raises:
+            GrowthError: `check` finds faults, a tensor is missing, or `fresh` or `generator` is
+                needed and was not given.
+        """
+
+
+def fixed_faults(source: BertConfig, target: BertConfig, may_grow: Collection[str]) -> list[str]:
+    """A fault for each field outside `may_grow` in which two models differ as functions."""
+    ours, theirs = source.model_dump(), target.model_dump()
+    return [
+        f"{key}: {ours[key]!r} cannot become {theirs[key]!r}; this operator grows only "
+        + " and ".join(sorted(may_grow))
+        for key in ours
+        if ours[key] != theirs[key] and key not in may_grow and key not in _TRAINING_ONLY
+    ]
+
+
+def parameter_shapes(config: BertConfig) -> dict[str, torch.Size]:
+    """Names and shapes of a model's parameters, in its order; allocates nothing."""
+    with torch.device("meta"):
+        model = BertForPreTraining(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def require_legal(name: str, faults: list[str]) -> None:
+    """Raise one GrowthError with all faults of operator `name`; none: return."""
+    if faults:
+        raise GrowthError(f"{name} cannot grow this model: " + "; ".join(faults))
+
+
+def require_tensors(tensors: Mapping[str, Tensor], config: BertConfig, what: str) -> None:
+    """Raise GrowthError unless `tensors` are exactly the parameters of such a model, by shape."""
+    shapes = parameter_shapes(config)
+    faults = [f"no tensor {name!r}" for name in shapes if name not in tensors]
+    faults += [f"unexpected tensor {name!r}" for name in tensors if name not in shapes]
+    faults += [
+        f"{name!r} has shape {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if faults:
+        raise GrowthError(f"{what} does not fit the configuration: " + "; ".join(faults))

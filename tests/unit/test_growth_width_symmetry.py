@@ -1,0 +1,180 @@
+"""Whether the copies of duplicated units come apart in training, and stay locked where nothing
+sets them apart.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from stacking.config import BertConfig
+from stacking.growth.width import WidthOperator, WidthPlan, cyclic_units, units_with_fresh
+from stacking.growth.width_ffn import FfnAki, FfnSplit, FfnTile
+from stacking.growth.width_hidden import HiddenAki, HiddenDuplicate, HiddenFpi, HiddenUneven
+from stacking.growth.width_similarity import duplicate_similarity
+from stacking.modeling import BertForPreTraining, init_weights
+
+Weights = dict[str, Tensor]
+
+CONFIG = BertConfig(
+    vocab_size=37,
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=20,
+    max_position_embeddings=11,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
+LENGTH = 7
+INNER = "encoder.layers.0.feed_forward.inner.weight"
+
+
+def with_inner(size: int) -> BertConfig:
+    return CONFIG.model_copy(update={"intermediate_size": size})
+
+
+def with_heads(heads: int) -> BertConfig:
+    return CONFIG.model_copy(update={"num_attention_heads": heads, "hidden_size": 4 * heads})
+
+
+def fresh_weights(config: BertConfig) -> Weights:
+    model = BertForPreTraining(config).double()
+    init_weights(model, torch.Generator().manual_seed(9))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def grown(operator: WidthOperator, weights: Weights, target: BertConfig) -> Weights:
+    return operator.grow(
+        weights,
+        CONFIG,
+        target,
+        fresh=fresh_weights(target),
+        generator=torch.Generator().manual_seed(5),
+    )
+
+
+def train(config: BertConfig, weights: Weights, steps: int) -> Weights:
+    """Masked words of a periodic language, plain AdamW from empty moments, no dropout."""
+    model = BertForPreTraining(config).double().train()
+    model.load_state_dict(weights)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(7)
+    positions = torch.tensor([[2, 5]]).expand(8, 2)
+    for _ in range(steps):
+        start = torch.randint(0, 8, (8, 1), generator=generator)
+        ids = 5 + (start + 3 * torch.arange(LENGTH)) % 32
+        labels = ids.gather(1, positions)
+        losses = model(
+            ids.scatter(1, positions, 4),
+            masked_lm_positions=positions,
+            masked_lm_ids=labels,
+            next_sentence_labels=start[:, 0] % 2,
+        )
+        loss = losses["mlm_loss_sum"] / labels.numel() + losses["nsp_loss_sum"] / 8
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def trained() -> Weights:
+    """A small model that has learned something before it grows."""
+    return train(CONFIG, fresh_weights(CONFIG), 50)
+
+
+def similarity_after(
+    trained: Weights, operator: WidthOperator, target: BertConfig
+) -> tuple[dict[str, float], dict[str, float]]:
+    """duplicate_similarity right after growth and 50 steps later."""
+    large = grown(operator, trained, target)
+    plan = operator.plan(CONFIG, target)
+    before = duplicate_similarity(large, plan)
+    return before, duplicate_similarity(train(target, large, 50), plan)
+
+
+def test_without_noise_copies_stay_locked(trained: Weights) -> None:
+    for operator, target in [
+        (FfnTile(noise=0.0), with_inner(40)),
+        (HiddenDuplicate(noise=0.0), with_heads(6)),
+    ]:
+        assert operator.contract(CONFIG).symmetry == "asymmetric optimizer state only"
+        before, after = similarity_after(trained, operator, target)
+        assert before == pytest.approx(dict.fromkeys(before, 1.0), abs=1e-12)
+        assert after == pytest.approx(dict.fromkeys(after, 1.0), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("operator", "bounds"),
+    [
+        (FfnTile(), {"ffn": 0.96}),
+        (FfnTile(noise=1.0), {"ffn": 0.92}),
+        (FfnSplit(), {"ffn": 0.98}),
+        (FfnSplit(alpha=0.75), {"ffn": 0.96}),
+        (FfnAki(), {"ffn": 0.8}),
+    ],
+    ids=str,
+)
+def test_ffn_copies_come_apart(
+    trained: Weights, operator: WidthOperator, bounds: dict[str, float]
+) -> None:
+    before, after = similarity_after(trained, operator, with_inner(40))
+    if not isinstance(operator, FfnAki):
+        assert before == pytest.approx({"ffn": 1.0}, abs=1e-12)
+    assert after["ffn"] < bounds["ffn"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "heads", "bounds"),
+    [
+        (HiddenDuplicate(), 6, {"embeddings": 0.999, "heads": 0.85, "hidden": 0.92}),
+        (HiddenDuplicate(heads="zero"), 6, {"embeddings": 0.999, "hidden": 0.97}),
+        (HiddenUneven(), 6, {"embeddings": 0.99, "heads": 0.98, "hidden": 0.99, "mlm_head": 0.9}),
+        (HiddenFpi(), 4, {"embeddings": 0.999, "heads": 0.9, "hidden": 0.95}),
+        (HiddenAki(), 6, {"embeddings": 0.9995, "heads": 0.8, "hidden": 0.8}),
+    ],
+    ids=str,
+)
+def test_hidden_copies_come_apart(
+    trained: Weights,
+    operator: WidthOperator,
+    heads: int,
+    bounds: dict[str, float],
+) -> None:
+    before, after = similarity_after(trained, operator, with_heads(heads))
+    assert before["embeddings"] == pytest.approx(1.0, abs=1e-12)
+    for key, bound in bounds.items():
+        assert after[key] < bound, key
+
+
+@pytest.mark.parametrize(
+    ("operator", "least"),
+    [(HiddenDuplicate(noise=0.0), 0.0), (HiddenDuplicate(), 0.1), (HiddenUneven(), 0.1)],
+    ids=str,
+)
+def test_hidden_values_are_equal_copies_at_first_and_differ_after_training(
+    trained: Weights, operator: WidthOperator, least: float
+) -> None:
+    target = with_heads(6)
+    large = grown(operator, trained, target)
+    for tensors, lowest, highest in [
+        (large, 0.0, 1e-14),
+        (train(target, large, 50), least, 1.0 if least else 1e-12),
+    ]:
+        model = BertForPreTraining(target).double()
+        model.load_state_dict(tensors)
+        with torch.no_grad():
+            hidden = model(5 + torch.arange(21).view(3, LENGTH))["last_hidden_state"]
+        first, second = hidden[..., :12], hidden[..., 12:]
+        assert lowest <= ((first - second).norm() / hidden.norm()).item() <= highest
+
+
+def test_similarity_is_the_mean_cosine_with_the_first_copy() -> None:
+    plan = WidthPlan({"ffn": cyclic_units(2, 5)})
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    assert duplicate_similarity({INNER: rows}, plan) == {"ffn": pytest.approx(1 / 3)}
+
+
+def test_fresh_units_have_no_similarity() -> None:
+    plan = WidthPlan({"ffn": units_with_fresh(2, 4)})
+    assert duplicate_similarity({INNER: torch.ones(4, 3)}, plan) == {}

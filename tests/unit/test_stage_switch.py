@@ -1,0 +1,101 @@
+"""stacking.stage_switch: the probe holds growth to its promise, as the recipe says."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from stacking import stage_switch
+from stacking.config import BertConfig, Recipe
+from stacking.dataset import MaskedLMBatch
+from stacking.errors import UserError
+from stacking.growth import promised_tolerance
+from stacking.growth.depth import DEPTH_OPERATORS
+from stacking.modeling import BertForPreTraining, init_weights
+from stacking.snapshot import Snapshot
+from stacking.stage_switch import SwitchReport, switch_stage
+
+MODEL = BertConfig(
+    vocab_size=61,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=16,
+)
+
+
+def _recipe(depth: str, broken_promise: str = "refuse") -> Recipe:
+    stages = [
+        {"num_hidden_layers": 2, "steps": 3},
+        {"num_hidden_layers": 4, "steps": 3, "depth": depth, "broken_promise": broken_promise},
+    ]
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": MODEL.model_dump(),
+            "data": {"max_seq_length": 16, "max_predictions_per_seq": 2},
+            "stages": stages,
+            "learning_rate": {"schedule": "linear", "peak": 1e-3},
+        }
+    )
+
+
+def _weights(config: BertConfig) -> dict[str, torch.Tensor]:
+    model = BertForPreTraining(config)
+    generator = torch.Generator().manual_seed(1)
+    init_weights(model, generator)
+    return {
+        name: tensor.detach() + 0.1 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.named_parameters()
+    }
+
+
+def _batch() -> MaskedLMBatch:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(5, 61, (3, 12), generator=generator)
+    positions = torch.tensor([[1, 4], [2, 7], [3, 9]])
+    return MaskedLMBatch(
+        ids,
+        torch.zeros_like(ids),
+        torch.ones_like(ids, dtype=torch.bool),
+        positions,
+        torch.gather(ids, 1, positions),
+        torch.tensor([0, 1, 0]),
+        torch.arange(3).numpy(),
+        6,
+        36,
+    )
+
+
+def _switch(recipe: Recipe) -> SwitchReport:
+    old = Snapshot(_weights(recipe.stage_model(0)))
+    build: Callable[..., None] = lambda snapshot: None  # noqa: E731 - the engine is not the point
+    probe = (_batch(), torch.device("cpu"))
+    return switch_stage(recipe, 1, lambda report: old, build, probe)[1]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("depth", sorted(DEPTH_OPERATORS))
+def test_every_depth_operator_keeps_what_it_promises(depth: str) -> None:
+    report = _switch(_recipe(depth))
+    promise = promised_tolerance(*(_recipe(depth).stage_model(i) for i in (0, 1)), depth=depth)
+    assert report.promised_tolerance == promise
+    assert (promise is not None) == (depth == "identity_exact")
+    if promise is None:
+        assert report.relative_logit_difference > 1e-3
+    else:
+        assert report.relative_logit_difference <= promise
+        assert report.loss_after == pytest.approx(report.loss_before, rel=1e-5)
+    assert report.warning == ""
+
+
+def test_a_broken_promise_is_refused_or_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_switch, "promised_tolerance", lambda *_, **__: 1e-5)
+    with pytest.raises(UserError, match="promises to keep the function.*broken_promise"):
+        _switch(_recipe("stack"))
+    report = _switch(_recipe("stack", "warn"))
+    assert "promises to keep the function to 1e-05, but the logits moved by" in report.warning
+
+
+def test_a_stage_of_equal_depth_promises_everything() -> None:
+    assert promised_tolerance(MODEL, MODEL, depth="stack") == 0.0
