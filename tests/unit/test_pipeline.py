@@ -14,6 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 import pytest
 
 from data_prep import pipeline, row_step
@@ -263,23 +264,22 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
         time.sleep(share * duration)
         killed += process.poll() is None
+        workers = _children(process)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not _orphans(str(tmp_path / "killed")), "workers outlive their parent"
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive, "workers outlive their parent"
     assert killed, "none of the runs was killed before its end"
     subprocess.run([*command, str(tmp_path / "killed")], env=environment, check=True, timeout=300)
     assert _digest(tmp_path / "killed") == _digest(tmp_path / "whole")
     assert check_folder(tmp_path / "killed") == []
 
 
-def _orphans(argument: str) -> bool:
-    """Whether a process with this argument is alive a few seconds later."""
-    for _ in range(50):
-        alive = subprocess.run(["pgrep", "-f", argument], capture_output=True, check=False)
-        if alive.returncode:
-            return False
-        time.sleep(0.1)
-    return True
+def _children(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _digest(folder: Path) -> dict[str, str]:
