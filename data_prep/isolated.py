@@ -56,10 +56,9 @@ class Isolated(Generic[Job, Result]):
             # Spawned, not forked: HDF5 has a lock of its own.
             context = get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(
-                target=_serve, args=(self._function, theirs), daemon=True
-            )
-            self._process.start()
+            process = context.Process(target=_serve, args=(self._function, theirs), daemon=True)
+            process.start()
+            self._process = process
             theirs.close()
         assert self._pipe is not None, "a process has a pipe"
         try:

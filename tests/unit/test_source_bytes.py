@@ -132,8 +132,12 @@ def test_over_long_line_is_never_held(tmp_path: Path, suffix: str) -> None:
         _lines(path)
 
 
+# A byte-order mark at the file's start is dropped, which another test shows.
+LINE = st.binary(max_size=12).filter(lambda line: b"\n" not in line and line[:1] != b"\xef")
+
+
 @given(
-    lines=st.lists(st.binary(max_size=12).filter(lambda line: b"\n" not in line), max_size=9),
+    lines=st.lists(LINE, max_size=9),
     block=st.integers(1, 9),
     spare=st.integers(0, 5),
 )
