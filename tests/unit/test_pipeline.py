@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -387,3 +388,16 @@ def test_padding_share_of_the_shipped_corpus_is_below_5_percent(tmp_path: Path) 
         tmp_path, inputs=inputs, validation=held_out, vocab_size=2000, max_seq_length=128
     )
     assert _manifest(settings).statistics["training_padding_share"] < 0.05
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_rows_of_all_documents_are_mixed(tmp_path: Path) -> None:
+    """A shuffle over the corpus, not inside its chunks."""
+    _prepare(_settings(tmp_path, rows_per_shard=100))
+    tokenizer = load_tokenizer(tmp_path / "out")
+    with h5py.File(tmp_path / "out/training_00000.hdf5") as file:
+        texts = tokenizer.tokenizer.decode_batch(file["input_ids"][:].tolist())
+    numbers = [int(word) for text in texts for word in re.findall(r"\d{3}", text.replace(" ", ""))]
+    assert min(numbers) < 180
+    assert max(numbers) > 350
+    assert numbers != sorted(numbers)
