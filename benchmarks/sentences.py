@@ -63,7 +63,7 @@ def main() -> None:
     for name, make in makers.items():
         try:
             results[name] = score(make(), gold, timed)
-        except Exception as error:  # a library's own fault is a result here
+        except (ImportError, LookupError) as error:  # a library or its model is not installed
             said = [line.strip() for line in str(error).splitlines() if line.strip(" *")]
             results[name] = f"fails: {type(error).__name__}: {said[0] if said else ''}"
     ours = results[OURS]

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from data_prep.report.page import write_page
 from data_prep.report.report import PrepareReport
 from data_prep.row_step import (
     LENGTH_BINS,
-    SPLITS,
     Chunk,
     ChunkRows,
     RowJob,
@@ -41,18 +39,18 @@ from data_prep.row_step import (
 from data_prep.settings import PrepareSettings, fingerprint, is_finished
 from data_prep.shard_format import (
     FORMAT_VERSION,
-    TOKEN_COUNTS,
+    SPLITS,
     Manifest,
     Split,
     read_manifest,
-    write_atomically,
     write_manifest,
+    write_token_counts,
 )
 from data_prep.shard_step import DoneShard, shard_job, shard_jobs
 from data_prep.shard_writer import ShardLayout, exclusive_folder
 from data_prep.sources.blocks import find_files, input_bytes, read_blocks
 from data_prep.tokens.tokenizer import (
-    WordPieceTokenizer,
+    SubwordTokenizer,
     count_characters,
     load_tokenizer,
     train_tokenizer,
@@ -84,7 +82,7 @@ def prepare_shards(settings: PrepareSettings, is_live: bool = False) -> PrepareR
             return _Run(settings, wanted, workers, steps).make(is_continued)
 
 
-def train_vocabulary(settings: PrepareSettings, is_live: bool = False) -> WordPieceTokenizer:
+def train_vocabulary(settings: PrepareSettings, is_live: bool = False) -> SubwordTokenizer:
     """Train the vocabulary of the clean training documents into the folder `settings.out`."""
     settings.check()
     with open_workers(settings.workers, use_mpi=False) as workers, Steps(is_live) as steps:
@@ -124,7 +122,7 @@ class _Run:
         write_manifest(self.settings.out, manifest)
         return self.report
 
-    def vocabulary(self) -> WordPieceTokenizer:
+    def vocabulary(self) -> SubwordTokenizer:
         """Clean the text and train on it."""
         return self._tokenizer(self._clean(is_continued=False))
 
@@ -224,7 +222,7 @@ class _Run:
                 index += 1
             position += input_bytes(files)
 
-    def _tokenizer(self, blocks: list[CleanBlock]) -> WordPieceTokenizer:
+    def _tokenizer(self, blocks: list[CleanBlock]) -> SubwordTokenizer:
         """Load or train the tokenizer and put it into the folder."""
         settings = self.settings
         chunks = [] if settings.tokenizer else self._vocabulary_chunks(blocks)
@@ -281,7 +279,7 @@ class _Run:
                     f"there is only one {split} document: its random next texts are its own"
                 )
 
-    def _shards(self, chunks: list[ChunkRows], tokenizer: WordPieceTokenizer) -> list[DoneShard]:
+    def _shards(self, chunks: list[ChunkRows], tokenizer: SubwordTokenizer) -> list[DoneShard]:
         """Shuffle the rows into shards."""
         dtype = row_type(
             self.settings.max_seq_length, tokenizer.vocab_size, self.settings.pairs != "none"
@@ -301,7 +299,7 @@ class _Run:
         return shards
 
     def _manifest(
-        self, chunks: list[ChunkRows], shards: list[DoneShard], tokenizer: WordPieceTokenizer
+        self, chunks: list[ChunkRows], shards: list[DoneShard], tokenizer: SubwordTokenizer
     ) -> Manifest:
         """Count the rows, write token_counts.npy, and return what stands in the manifest."""
         settings, special = self.settings, tokenizer.special_token_ids
@@ -314,11 +312,7 @@ class _Run:
             if chunk.split == "training":
                 ids += counts["ids"]
                 documents += counts["document_lengths"]
-        # [UNK] is counted, since it is masked and predicted like a word.
-        ids[[special[name] for name in ("pad", "cls", "sep", "mask")]] = 0
-        stream = BytesIO()
-        np.save(stream, ids)
-        write_atomically(settings.out / TOKEN_COUNTS, stream.getvalue())
+        write_token_counts(settings.out, ids, special)
         self.report.row_lengths = lengths["training"].tolist()
         self.report.document_lengths = documents.tolist()
         num_documents = {s: sum(c.num_documents for c in _of(chunks, s)) for s in SPLITS}
@@ -350,7 +344,7 @@ def _of(chunks: list[ChunkRows], split: Split) -> list[ChunkRows]:
     return [chunk for chunk in chunks if chunk.split == split]
 
 
-def _layout(settings: PrepareSettings, tokenizer: WordPieceTokenizer) -> ShardLayout:
+def _layout(settings: PrepareSettings, tokenizer: SubwordTokenizer) -> ShardLayout:
     policy = MaskingPolicy(
         vocab_size=tokenizer.vocab_size,
         special_token_ids=tokenizer.special_token_ids,

@@ -15,17 +15,16 @@ from data_prep.clean_step import CleanBlock, load_block
 from data_prep.instances import RowBuilder, Rows, row_type
 from data_prep.masking import hash_chain, splitmix64
 from data_prep.settings import PrepareSettings
-from data_prep.shard_format import Split
+from data_prep.shard_format import SPLITS, Split
+from data_prep.shard_writer import SHUFFLE_STREAM
 from data_prep.text_block import TextBlock
 from data_prep.tokens.encoder import TokenBlock, WordEncoder, without_id
 from data_prep.tokens.sentence_merge import MergeRules
-from data_prep.tokens.tokenizer import WordPieceTokenizer, load_tokenizer
+from data_prep.tokens.tokenizer import SubwordTokenizer, load_tokenizer
 from data_prep.workspace import Workspace, hash_of, load_arrays, save_arrays, temporary_name
 
-SPLITS: tuple[Split, ...] = ("training", "validation")
 # A chunk is made of whole blocks of at least this size in all. Random pairs are drawn inside it.
 CHUNK_BYTES = 1 << 20
-_STREAM = {"training": 1, "validation": 2}
 LENGTH_BINS = 24
 """Bin i counts the documents of 2^i to 2^(i + 1) - 1 tokens."""
 
@@ -191,11 +190,11 @@ def _keys(seed: int, chunk: Chunk, num_rows: int) -> npt.NDArray[np.uint64]:
     numpy can change. splitmix64 is a bijection, so no two rows of a split have one key.
     """
     rows = np.arange(num_rows, dtype=np.uint64) + np.uint64(chunk.index << 32)
-    return splitmix64(rows ^ hash_chain(seed, _STREAM[chunk.split])[0])
+    return splitmix64(rows ^ hash_chain(seed, SHUFFLE_STREAM[chunk.split])[0])
 
 
 def _counts(
-    tokenizer: WordPieceTokenizer, tokens: TokenBlock, rows: Rows
+    tokenizer: SubwordTokenizer, tokens: TokenBlock, rows: Rows
 ) -> dict[str, npt.NDArray[Any]]:
     ids = rows["input_ids"]
     lengths = (ids != tokenizer.special_token_ids["pad"]).sum(axis=1)
@@ -209,7 +208,7 @@ def _counts(
     }
 
 
-def _tools(settings: PrepareSettings) -> tuple[WordPieceTokenizer, WordEncoder, RowBuilder]:
+def _tools(settings: PrepareSettings) -> tuple[SubwordTokenizer, WordEncoder, RowBuilder]:
     """Return what a worker keeps from job to job."""
     return _make_tools(
         settings.out,
@@ -229,7 +228,7 @@ def _make_tools(
     max_seq_length: int,
     has_pairs: bool,
     short_seq_prob: float,
-) -> tuple[WordPieceTokenizer, WordEncoder, RowBuilder]:
+) -> tuple[SubwordTokenizer, WordEncoder, RowBuilder]:
     tokenizer = load_tokenizer(out / "tokenizer.json")
     special = tokenizer.special_token_ids
     builder = RowBuilder(

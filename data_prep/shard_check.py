@@ -19,6 +19,7 @@ from data_prep.isolated import Isolated, crash_message, patience
 from data_prep.shard_format import (
     IN_PROGRESS,
     NVIDIA_DATASETS,
+    SPLITS,
     TOKEN_COUNTS,
     VOCABULARY,
     Manifest,
@@ -35,7 +36,6 @@ from data_prep.shard_format import (
 )
 from data_prep.tokens.tokenizer import load_tokenizer
 
-SPLITS: tuple[Split, ...] = ("training", "validation")
 _MOST_FAULTS = 20  # lines a file
 # [MASK] stands at 80 % of the masked positions; below half of that the positions belong elsewhere.
 _LEAST_MASK_SHARE = 0.4

@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +67,7 @@ _MOST_COMPRESSION = 1200  # gzip reaches 1032:1 on zeros
 
 Dialect = Literal["unmasked", "nvidia"]
 Split = Literal["training", "validation"]
+SPLITS: tuple[Split, ...] = ("training", "validation")
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,19 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_token_counts(
+    data_dir: Path, counts: npt.NDArray[np.int64], special_token_ids: Mapping[str, int]
+) -> None:
+    """Write how often each id stands in the training rows, [V]; [UNK] is counted, since it is
+    masked and predicted like a word, the other special ids are not.
+    """
+    counts = counts.copy()
+    counts[[special_token_ids[name] for name in ("pad", "cls", "sep", "mask")]] = 0
+    stream = BytesIO()
+    np.save(stream, counts)
+    write_atomically(data_dir / TOKEN_COUNTS, stream.getvalue())
 
 
 def load_token_counts(data_dir: Path) -> npt.NDArray[np.int64] | None:

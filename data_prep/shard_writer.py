@@ -24,6 +24,8 @@ from data_prep.shard_format import (
 )
 
 WORK = ".work"
+# Which random numbers order the rows of a split.
+SHUFFLE_STREAM = {"training": 1, "validation": 2}
 # What else a run writes into its folder; shards are found by their names.
 OTHER_FILES = ("tokenizer.json", "vocab.txt", "token_counts.npy", "manifest.json", "report.html")
 # Masks and gzip chunks are made this many rows at a time: about 5 MB of work at S = 128, which

@@ -6,7 +6,6 @@ temporary copy under --out is as large as the result uncompressed; memory stays 
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from math import ceil
 from pathlib import Path
 
@@ -23,17 +22,18 @@ from data_prep.masking import MaskingPolicy, hash_chain
 from data_prep.progress import Advance, Steps
 from data_prep.shard_format import (
     FORMAT_VERSION,
-    TOKEN_COUNTS,
+    SPLITS,
     TOKENIZER_ATTRIBUTE,
     Dialect,
     Manifest,
     ShardEntry,
     Split,
     read_manifest,
-    write_atomically,
     write_manifest,
+    write_token_counts,
 )
 from data_prep.shard_writer import (
+    SHUFFLE_STREAM,
     WORK,
     ShardLayout,
     exclusive_folder,
@@ -42,12 +42,10 @@ from data_prep.shard_writer import (
     write_file,
     write_shard,
 )
-from data_prep.tokens.tokenizer import WordPieceTokenizer, load_tokenizer
+from data_prep.tokens.tokenizer import SubwordTokenizer, load_tokenizer
 
-SPLITS: tuple[Split, ...] = ("training", "validation")
 # 199:1, as StackingBERT's split.py and our own preparation.
 VALIDATION_SHARE = 0.005
-_SHUFFLE_STREAM = {"training": 1, "validation": 2}
 _KEPT = ("input_ids", "segment_ids", "masked_lm_positions", "masked_lm_ids")
 
 
@@ -138,7 +136,7 @@ def convert_folder(settings: ConvertSettings, steps: Steps | None = None) -> Man
         tokenizer.save(settings.out)
         conversion = _Conversion(settings, tokenizer, target, steps or Steps(is_live=False))
         entries = conversion.write(folder)
-        write_atomically(settings.out / TOKEN_COUNTS, conversion.token_counts_file())
+        write_token_counts(settings.out, conversion.counts, tokenizer.special_token_ids)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dialect=settings.dialect,
@@ -165,7 +163,7 @@ class _Conversion:
     def __init__(
         self,
         settings: ConvertSettings,
-        tokenizer: WordPieceTokenizer,
+        tokenizer: SubwordTokenizer,
         target: RowTarget,
         steps: Steps,
     ) -> None:
@@ -178,7 +176,7 @@ class _Conversion:
             self.num_predictions = settings.max_predictions_per_seq or wanted
         self._steps = steps
         self._rows = ForeignRows(tokenizer, target)
-        self._counts = np.zeros(tokenizer.vocab_size, np.int64)
+        self.counts = np.zeros(tokenizer.vocab_size, np.int64)
         self._tokens = dict.fromkeys(SPLITS, 0)
         self._real = dict.fromkeys(SPLITS, 0)
 
@@ -231,7 +229,7 @@ class _Conversion:
     def _add(self, split: Split, spool: RowSpool, records: npt.NDArray[np.void]) -> None:
         """Count records and spool them, for a shuffle under a hash of their numbers."""
         numbers = np.arange(spool.num_rows, spool.num_rows + len(records))
-        stream = _SHUFFLE_STREAM[split]
+        stream = SHUFFLE_STREAM[split]
         is_kept = self.settings.keep_order
         spool.add(records, None if is_kept else hash_chain(self.settings.seed, stream, numbers))
         ids = records["input_ids"]
@@ -239,7 +237,7 @@ class _Conversion:
         self._tokens[split] += ids.size
         self._real[split] += int(np.count_nonzero(ids != pad))
         if split == "training":
-            self._counts += np.bincount(_originals(records).ravel(), minlength=self._counts.size)
+            self.counts += np.bincount(_originals(records).ravel(), minlength=self.counts.size)
 
     def _write_split(
         self, split: Split, spool: RowSpool, advance: Advance
@@ -276,15 +274,6 @@ class _Conversion:
             advance(len(records))
         return tuple(entries)
 
-    def token_counts_file(self) -> bytes:
-        """Return the bytes of token_counts.npy, as our own preparation counts."""
-        special = self.tokenizer.special_token_ids
-        counts = self._counts.copy()
-        counts[[special[name] for name in ("pad", "cls", "sep", "mask")]] = 0
-        stream = BytesIO()
-        np.save(stream, counts)
-        return stream.getvalue()
-
     def statistics(self) -> dict[str, float]:
         """Return the tokens, special ones included, and the share of padding in each split."""
         real = {f"{split}_tokens": float(self._real[split]) for split in SPLITS}
@@ -313,7 +302,7 @@ def _target(settings: ConvertSettings, folder: ForeignFolder) -> RowTarget:
 
 
 def _fingerprint(
-    settings: ConvertSettings, tokenizer: WordPieceTokenizer, folder: ForeignFolder
+    settings: ConvertSettings, tokenizer: SubwordTokenizer, folder: ForeignFolder
 ) -> dict[str, object]:
     """Return what decides the bytes of the shards: names and sizes instead of paths."""
     left_out = ("inputs", "out", "tokenizer")

@@ -16,7 +16,7 @@ from data_prep.foreign.dialects import LABELS, RowBlock
 from data_prep.foreign.row_checks import KnownIds, count_masks, infer_ids, known_ids, row_faults
 from data_prep.instances import row_type
 from data_prep.masking import BoolArray, IntArray
-from data_prep.tokens.tokenizer import WordPieceTokenizer
+from data_prep.tokens.tokenizer import SubwordTokenizer
 
 LabelPolarity = Literal["nvidia", "stackingbert", "megatron"]
 # BERT: [MASK] at 80 % of the masked positions. With another vocabulary it is hardly ever there.
@@ -54,7 +54,7 @@ class RowTarget:
 class ForeignRows:
     """Turns blocks into records and gathers what they tell about the vocabulary."""
 
-    def __init__(self, tokenizer: WordPieceTokenizer, target: RowTarget) -> None:
+    def __init__(self, tokenizer: SubwordTokenizer, target: RowTarget) -> None:
         """Take the vocabulary that is said to be behind the ids."""
         self.target = target
         self.dtype = target.dtype(tokenizer.vocab_size)
@@ -178,7 +178,7 @@ def _kept_columns(
 class _Evidence:
     """What the rows say against the vocabulary they are read with."""
 
-    def __init__(self, tokenizer: WordPieceTokenizer) -> None:
+    def __init__(self, tokenizer: SubwordTokenizer) -> None:
         self._mask_id = tokenizer.special_token_ids["mask"]
         self._continues = np.array(tokenizer.is_continuation, np.bool_)
         self._is_unused = np.array([token.startswith("[unused") for token in tokenizer.tokens])

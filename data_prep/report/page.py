@@ -9,8 +9,8 @@ from string import Template
 
 from data_prep.report import figures as prep_figures
 from data_prep.report.figures import compact, percent
-from data_prep.report.report import SPLITS, PrepareReport
-from data_prep.shard_format import Manifest, write_atomically
+from data_prep.report.report import PrepareReport
+from data_prep.shard_format import SPLITS, Manifest, write_atomically
 
 REPORT = "report.html"
 MAX_ROWS = 200  # of a table; manifest.json has all

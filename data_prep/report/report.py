@@ -7,10 +7,9 @@ from typing import Any
 from data_prep.clean_step import CleanBlock
 from data_prep.cleaning.funnel import Funnel
 from data_prep.row_step import ChunkRows
-from data_prep.shard_format import Manifest, Split
+from data_prep.shard_format import SPLITS, Manifest
 
 MAX_MESSAGES = 5
-SPLITS: tuple[Split, ...] = ("training", "validation")
 
 
 @dataclass

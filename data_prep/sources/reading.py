@@ -218,6 +218,7 @@ class _ZstdDecoder:
     def __init__(self) -> None:
         library = importlib.import_module("zstandard")
         self._inner = library.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
+        self._error: type[Exception] = library.ZstdError
         self._rest = b""
         self._offset = 0
 
@@ -239,7 +240,10 @@ class _ZstdDecoder:
         pieces, size = [], 0
         while size < max_length and not self.needs_input and not self.eof:
             end = self._offset + _ZSTD_READ_BYTES
-            pieces.append(self._inner.decompress(self._rest[self._offset : end]))
+            try:
+                pieces.append(self._inner.decompress(self._rest[self._offset : end]))
+            except self._error as error:
+                raise _ArchiveFault(str(error)) from error
             self._offset = end
             size += len(pieces[-1])
         return b"".join(pieces)
@@ -249,11 +253,6 @@ def _decode(decoder: _Decoder, data: bytes) -> bytes:
     try:
         return decoder.decompress(data, _READ_BYTES)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise _ArchiveFault(str(error)) from error
-    except Exception as error:
-        # zstandard is not imported unless needed, so its error has only a name here.
-        if type(error).__name__ != "ZstdError":
-            raise
         raise _ArchiveFault(str(error)) from error
 
 

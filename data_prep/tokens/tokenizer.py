@@ -114,10 +114,6 @@ class SubwordTokenizer:
             raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-# The name from the time when WordPiece was the only kind.
-WordPieceTokenizer = SubwordTokenizer
-
-
 def train_tokenizer(
     texts: Iterable[str], counts: Counter[str], vocab_size: int, *, kind: Kind = "wordpiece"
 ) -> SubwordTokenizer:
@@ -189,7 +185,7 @@ def from_json(content: str, origin: str = "tokenizer.json") -> SubwordTokenizer:
     try:
         parsed: Any = json.loads(content)
         tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # `tokenizers` raises Exception itself: the boundary of a library
         raise DataError(
             f"{origin}: not a tokenizer.json of the library `tokenizers`: {error}"
         ) from error

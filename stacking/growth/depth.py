@@ -269,30 +269,6 @@ def layer_sources(operator: DepthOperator, old: int, new: int) -> list[int | Non
     return [layer if layer < old else None for layer in range(new)]
 
 
-def grow_depth(
-    weights: Mapping[str, Tensor],
-    fresh: Mapping[str, Tensor],
-    sources: list[int | None],
-) -> dict[str, Tensor]:
-    """Fill a model of len(sources) layers: outside the encoder as it was, layers as `sources` say.
-
-    `weights`: fp32 tensors of the old model; `fresh`: a freshly initialised target model, the
-    source of layers without an origin and the names that must be filled. Tensors are copies.
-    """
-    grown = {}
-    for name, initial in fresh.items():
-        match = _LAYER.match(name)
-        origin = sources[int(match[1])] if match else None
-        if match and origin is None:
-            grown[name] = initial.clone()
-            continue
-        source_name = f"encoder.layers.{origin}.{match[2]}" if match else name
-        if source_name not in weights:
-            raise GrowthError(f"the model to grow has no tensor {source_name!r} to fill {name!r}")
-        grown[name] = weights[source_name].clone()
-    return grown
-
-
 def _layer_faults(operator: DepthOperator, old: int, new: int) -> list[str]:
     if operator not in get_args(DepthOperator):
         allowed = ", ".join(get_args(DepthOperator))
