@@ -11,102 +11,26 @@ from pydantic import Field, model_validator
 
 from stacking.config_base import FromList, Frozen, raise_together
 from stacking.config_learning_rate import LearningRateConfig, schedule_faults
+from stacking.config_model import LARGEST_SIZE, BertConfig, next_sentence_faults, shape_faults
+from stacking.config_stage import DATA_FIELDS, MODEL_FIELDS, Freeze, Learned, Rewarm, Stage
 
 __all__ = [
     "BertConfig",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",
+    "Freeze",
+    "Learned",
     "LearningRateConfig",
     "OptimizerConfig",
     "Recipe",
+    "Rewarm",
     "Stage",
     "faults_between",
     "shape_faults",
 ]
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-# Sanity bounds: beyond them a number is a typing error, and building would end in no memory.
-LARGEST_SIZE = 2**24  # word pieces, positions, inner width, sequences in a batch
-LARGEST_WIDTH = 2**17
-MOST_LAYERS = 4096
-
-
-class BertConfig(Frozen):
-    """Size and form of one BERT; names as in Google BERT and Hugging Face where they have one."""
-
-    vocab_size: int = Field(
-        gt=0, le=LARGEST_SIZE, description="Number of word pieces, including special ones."
-    )
-    hidden_size: int = Field(
-        default=768, gt=0, le=LARGEST_WIDTH, description="Width H of the residual stream."
-    )
-    num_hidden_layers: int = Field(
-        default=12, gt=0, le=MOST_LAYERS, description="Number L of encoder layers."
-    )
-    num_attention_heads: int = Field(
-        default=12, gt=0, description="Number N of heads; divides hidden_size."
-    )
-    intermediate_size: int = Field(
-        default=3072, gt=0, le=LARGEST_SIZE, description="Inner width F of the feed-forward block."
-    )
-    hidden_act: Literal["gelu", "gelu_new", "relu"] = Field(
-        default="gelu", description="Activation of the feed-forward block and of the MLM head."
-    )
-    hidden_dropout_prob: _Share = Field(
-        default=0.1, description="Dropout on embeddings and on each residual branch."
-    )
-    attention_probs_dropout_prob: _Share = Field(
-        default=0.1, description="Dropout on attention probabilities."
-    )
-    max_position_embeddings: int = Field(
-        default=512, gt=0, le=LARGEST_SIZE, description="Longest sequence in tokens."
-    )
-    type_vocab_size: int = Field(
-        default=2, ge=0, description="Number of segment kinds; 0: no segment embedding."
-    )
-    initializer_range: float = Field(
-        default=0.02, gt=0, description="Standard deviation of the normal initialisation."
-    )
-    layer_norm_eps: float = Field(default=1e-12, gt=0, description="Epsilon inside LayerNorm.")
-    pad_token_id: int = Field(default=0, ge=0, description="Id of [PAD].")
-    position: Literal["learned", "sinusoidal", "rotary"] = Field(
-        default="learned", description="Kind of position information."
-    )
-    layer_norm: Literal["post", "pre"] = Field(
-        default="post",
-        description="LayerNorm after each residual sum (BERT), or before each branch and last.",
-    )
-    layer_norm_affine: bool = Field(
-        default=True,
-        description="Whether the encoder's LayerNorms have weight and bias (StackingBERT: false).",
-    )
-    embedding_layer_norm: bool = Field(
-        default=True,
-        description="Whether the embedding sum is normalised (BERT: true; StackingBERT: false).",
-    )
-    embedding_scale: bool = Field(
-        default=False,
-        description="Whether token embeddings are multiplied by sqrt(hidden_size) (StackingBERT).",
-    )
-    mlm_bias: bool = Field(
-        default=True, description="Whether the tied MLM decoder has an output bias."
-    )
-    num_nsp_labels: Literal[0, 1, 2] = Field(
-        default=2,
-        description="Logits of the next-sentence head: 0 none, 1 (StackingBERT), 2 (BERT).",
-    )
-    pooler: bool = Field(
-        default=True,
-        description="Whether the next-sentence head reads tanh(Linear([CLS])) (BERT) or [CLS].",
-    )
-
-    @model_validator(mode="after")
-    def _check_shape(self) -> Self:
-        raise_together(shape_faults(self))
-        return self
 
 
 class DataConfig(Frozen):
@@ -143,27 +67,6 @@ class OptimizerConfig(Frozen):
     )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Global gradient-norm clip; 0: none."
-    )
-
-
-class Stage(Frozen):
-    """One growth stage: which size is trained, how long, and how it came from the stage before."""
-
-    num_hidden_layers: int = Field(gt=0, description="Encoder layers in this stage.")
-    steps: int = Field(gt=0, description="Optimizer steps of this stage.")
-    depth: Literal[
-        "stack", "interleave", "copy_top", "append_last", "middle",
-        "random", "identity", "identity_noise", "identity_exact",
-    ] = Field(
-        default="stack", description="Depth operator on entry; ignored in the first stage."
-    )  # fmt: skip
-    broken_promise: Literal["refuse", "warn"] = Field(
-        default="refuse",
-        description="What happens if growth that promises to keep the function changes it.",
-    )
-    deepspeed: dict[str, object] = Field(
-        default_factory=dict,
-        description="DeepSpeed keys that this stage overrides, for example its micro batch.",
     )
 
 
@@ -237,8 +140,31 @@ class Recipe(Frozen):
 
     def stage_model(self, stage: int) -> BertConfig:
         """The model of stage `stage` (0-based)."""
-        layers = self.stages[stage].num_hidden_layers
-        return self.model.model_copy(update={"num_hidden_layers": layers})
+        return _stage_model(self.model, self.data, self.stages[stage])
+
+    def stage_data(self, stage: int) -> DataConfig:
+        """Sequence length and masks of stage `stage` (0-based)."""
+        return _stage_data(self.data, self.stages[stage])
+
+
+def _stage_model(model: BertConfig, data: DataConfig | None, stage: Stage) -> BertConfig:
+    """`model` with what the stage states; nothing is checked.
+
+    A stage of shorter sequences has learned positions for these only: the others would stay
+    untrained, and growth fills them.
+    """
+    changes = stage.changes(MODEL_FIELDS)
+    if "intermediate_size" in changes:
+        changes.setdefault("layer_intermediate_sizes", ())
+    if data and stage.max_seq_length and model.position == "learned":
+        missing = data.max_seq_length - stage.max_seq_length
+        if missing > 0:
+            changes["max_position_embeddings"] = stage.max_seq_length
+    return model.model_copy(update=changes)
+
+
+def _stage_data(data: DataConfig, stage: Stage) -> DataConfig:
+    return data.model_copy(update=stage.changes(DATA_FIELDS))
 
 
 def faults_between(
@@ -251,53 +177,14 @@ def faults_between(
     faults: list[str] = []
     if model:
         faults += [f"model.{fault}" for fault in shape_faults(model)]
-        faults += _next_sentence_faults(model)
+        faults += next_sentence_faults(model)
     if data:
         faults += _data_faults(data, model)
     if rate:
         valid = [stage for stage in stages if stage]
         is_complete = len(valid) == len(stages) > 0
         faults += schedule_faults(rate, sum(s.steps for s in valid) if is_complete else None)
-    return faults + _stage_faults(stages, model)
-
-
-def shape_faults(model: BertConfig) -> list[str]:
-    """Sizes that no BERT can have; paths are relative to the model."""
-    heads, size = model.num_attention_heads, model.hidden_size
-    faults = []
-    if size % heads:
-        divisors = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-        faults.append(
-            f"num_attention_heads: got {heads} with hidden_size {size}; "
-            f"allowed: a divisor of hidden_size ({divisors})"
-        )
-    elif model.position == "rotary" and (size // heads) % 2:
-        faults.append(
-            f"num_attention_heads: got {heads} with hidden_size {size}, heads of {size // heads}; "
-            "allowed: heads of even size, because rotary positions turn pairs of numbers"
-        )
-    if model.pad_token_id >= model.vocab_size:
-        faults.append(
-            f"pad_token_id: got {model.pad_token_id} with vocab_size {model.vocab_size}; "
-            f"allowed: 0 to {model.vocab_size - 1}"
-        )
-    return faults
-
-
-def _next_sentence_faults(model: BertConfig) -> list[str]:
-    faults = []
-    if model.pooler and not model.num_nsp_labels:
-        faults.append(
-            "model.pooler: got true with num_nsp_labels 0; allowed: false, because only the "
-            "next-sentence head reads it; set pooler to false or num_nsp_labels to 2"
-        )
-    if model.num_nsp_labels and model.type_vocab_size < 2:
-        faults.append(
-            f"model.type_vocab_size: got {model.type_vocab_size} with num_nsp_labels "
-            f"{model.num_nsp_labels}; allowed: at least 2, because sentence pairs have two "
-            "segments; set type_vocab_size to 2 or num_nsp_labels to 0"
-        )
-    return faults
+    return faults + _stage_faults(stages, model, data)
 
 
 def _data_faults(data: DataConfig, model: BertConfig | None) -> list[str]:
@@ -324,37 +211,84 @@ def _data_faults(data: DataConfig, model: BertConfig | None) -> list[str]:
     return faults
 
 
-def _stage_faults(stages: Sequence[Stage | None], model: BertConfig | None) -> list[str]:
+def _stage_faults(
+    stages: Sequence[Stage | None], model: BertConfig | None, data: DataConfig | None
+) -> list[str]:
+    """What one stage, and the order of two, cannot be; operators: growth/plan.py, growth_faults."""
     faults: list[str] = []
-    for index in range(1, len(stages)):
-        old, new = stages[index - 1], stages[index]
-        if old and new:
-            faults += _depth_faults(f"stages.{index}", old.num_hidden_layers, new)
-    last = stages[-1] if stages else None
-    if model and last and last.num_hidden_layers != model.num_hidden_layers:
+    for index, stage in enumerate(stages):
+        path = f"stages.{index}"
+        before = stages[index - 1] if index else None
+        if stage and before and stage.num_hidden_layers < before.num_hidden_layers:
+            faults.append(
+                f"{path}.num_hidden_layers: got {stage.num_hidden_layers} after "
+                f"{before.num_hidden_layers}; allowed: at least {before.num_hidden_layers}, "
+                "because a model only grows"
+            )
+        if stage:
+            faults += _freeze_faults(path, index, stage)
+            faults += _size_faults(path, stage, model, data)
+    if stages and stages[-1]:
+        faults += _last_stage_faults(f"stages.{len(stages) - 1}", stages[-1], model, data)
+    return faults
+
+
+def _size_faults(
+    path: str, stage: Stage, model: BertConfig | None, data: DataConfig | None
+) -> list[str]:
+    """Impossible shapes, with the names of the stage's own fields where it states them."""
+    faults = []
+    if model and not shape_faults(model):
+        faults += [f"{path}.{fault}" for fault in shape_faults(_stage_model(model, data, stage))]
+    if data and stage.changes(DATA_FIELDS):
+        here = _stage_data(data, stage)
+        if here.max_seq_length > data.max_seq_length:
+            faults.append(
+                f"{path}.max_seq_length: got {here.max_seq_length}; allowed: at most "
+                f"data.max_seq_length, {data.max_seq_length}"
+            )
+        faults += [fault.replace("data.", f"{path}.", 1) for fault in _data_faults(here, None)]
+        if data.masking == "static" and here != data:
+            faults.append(
+                f"{path}.max_seq_length: got {here.max_seq_length}, and max_predictions_per_seq "
+                f"{here.max_predictions_per_seq}, with masking 'static', whose masks are those of "
+                "whole sequences; set data.masking to 'dynamic'"
+            )
+    return faults
+
+
+def _freeze_faults(path: str, index: int, stage: Stage) -> list[str]:
+    if stage.freeze is None:
+        return []
+    faults = []
+    if index == 0:
         faults.append(
-            f"stages.{len(stages) - 1}.num_hidden_layers: got {last.num_hidden_layers}; allowed: "
-            f"model.num_hidden_layers, {model.num_hidden_layers}, in the last stage"
+            f"{path}.freeze: got {stage.freeze.layers} layers in the first stage, where they are "
+            "random; allowed: from the second stage on"
+        )
+    if stage.freeze.layers >= stage.num_hidden_layers:
+        faults.append(
+            f"{path}.freeze.layers: got {stage.freeze.layers} of {stage.num_hidden_layers} layers; "
+            f"allowed: 1 to {stage.num_hidden_layers - 1}, so that some train"
         )
     return faults
 
 
-def _depth_faults(path: str, old: int, stage: Stage) -> list[str]:
-    """What stacking.growth.depth would refuse hours later; the other operators take any growth."""
-    new = stage.num_hidden_layers
-    if new < old:
-        return [
-            f"{path}.num_hidden_layers: got {new} after {old}; allowed: at least {old}, because a "
-            "model only grows"
-        ]
-    if stage.depth == "interleave" and new % old:
-        return [
-            f"{path}.depth: got 'interleave' from {old} to {new} layers; allowed: a multiple of "
-            f"{old}, because each layer is repeated equally often; or depth 'stack'"
-        ]
-    if stage.depth in ("copy_top", "middle") and new > 2 * old:
-        return [
-            f"{path}.depth: got '{stage.depth}' from {old} to {new} layers; allowed: at most "
-            f"{2 * old}, because the {old} old layers are copied at most once; or depth 'stack'"
-        ]
-    return []
+def _last_stage_faults(
+    path: str, stage: Stage, model: BertConfig | None, data: DataConfig | None
+) -> list[str]:
+    """The last stage is the model at full size."""
+    faults = []
+    for whole, owner, fields in (
+        (model, "model", MODEL_FIELDS), (data, "data", DATA_FIELDS),
+    ):  # fmt: skip
+        if whole is None:
+            continue
+        for name, value in stage.changes(fields).items():
+            full = getattr(whole, name)
+            if value != full:
+                faults.append(
+                    f"{path}.{name}: got {value}; allowed: {owner}.{name}, {full}, in the last "
+                    "stage"
+                )
+    return faults

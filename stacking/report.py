@@ -191,9 +191,7 @@ def _environment(run: RunMetrics) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     top = f"<thead><tr>{cells}</tr></thead>" if head else ""
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
 

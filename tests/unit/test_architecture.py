@@ -23,7 +23,7 @@ UNNUMBERED = r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b(?!\(#\d+\))"
 # A module of stacking may import modules of its own layer and of those below; never in a circle.
 LAYERS = {
     0: {"errors"},
-    1: {"config_base", "config_faults", "config_learning_rate", "config", "config_loading",
+    1: {"config_base", "config_faults", "config_learning_rate", "config_model", "config_stage", "config", "config_loading",
         "schedule", "distributed", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
         "stopping", "progress"},
     2: {"snapshot", "functional", "positions", "modeling", "growth", "freezing", "sample_order",
