@@ -3,43 +3,84 @@
 `checkpoints/<tag>/` holds weights.safetensors and moments.safetensors (full size, fp32, independent
 of ranks and ZeRO stage; nothing is pickled), state.json, and COMMITTED: the other files' sizes and
 sha256. The folder is written under another name, synced, and renamed as its last act, so a tag
-either is whole or does not exist.
+either is whole or does not exist. moments.safetensors holds only parameters with a history, and is
+missing if there is none.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
+from stacking.config_model import MOST_LAYERS
 from stacking.errors import CheckpointError
-from stacking.snapshot import MOMENTS, Snapshot
+from stacking.snapshot import Snapshot
 
 MARKER = "COMMITTED"
 WEIGHTS, MOMENTS_FILE, STATE = "weights.safetensors", "moments.safetensors", "state.json"
 
 
 class TrainState(BaseModel):
-    """All that decides the next batch and update, besides weights and moments."""
+    """All that decides the next batch and update, besides the Snapshot."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     global_step: int = Field(ge=0, description="Optimizer steps done in the whole run.")
     stage: int = Field(ge=0, description="0-based growth stage of the weights.")
     num_hidden_layers: int = Field(gt=0, description="Depth of the weights.")
-    optimizer_steps: int = Field(ge=0, description="Adam's step count, since fresh moments.")
-    loss_scale: float | None = Field(None, description="fp16 loss scale.")
     loader: dict[str, int] = Field(description="PretrainingLoader.state_dict().")
     sample_hash: str = Field("", description="Chained digest of every step's sample indices.")
     tokens: int = Field(0, ge=0, description="Tokens trained on, padding included.")
     real_tokens: int = Field(0, ge=0, description="Tokens trained on, padding excluded.")
     elapsed_seconds: float = Field(0.0, ge=0, description="Training time over all sessions.")
     recipe_sha256: str = Field(description="Digest of what is trained.")
+
+
+class Cohort(BaseModel):
+    """Parameters of one age, as state.json lists them; who is in none is old and has no history."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer_steps: int = Field(ge=0, description="Adam's count: since their moments were fresh.")
+    is_new: bool = Field(description="Whether they came with the current stage.")
+    names: tuple[str, ...] = Field(
+        min_length=1, description="Parameters; 'layers.0-2,5.x' stands for layers 0, 1, 2 and 5."
+    )
+
+
+class StateFile(BaseModel):
+    """state.json: what is not a tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: TrainState
+    loss_scale: float | None = Field(description="fp16 loss scale.")
+    cohorts: tuple[Cohort, ...]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        self.ages()
+        return self
+
+    def ages(self) -> dict[str, tuple[int, bool]]:
+        """Parameter -> (optimizer steps, is new); ValueError if a name cannot be read."""
+        found: dict[str, tuple[int, bool]] = {}
+        for cohort in self.cohorts:
+            for name in (name for folded in cohort.names for name in _unfold(folded)):
+                if name in found:
+                    raise ValueError(f"{name}: in two cohorts")
+                found[name] = (cohort.optimizer_steps, cohort.is_new)
+        return found
 
 
 class Checkpoint:
@@ -52,9 +93,15 @@ class Checkpoint:
         try:
             marker = json.loads((folder / MARKER).read_text())
             self._files: dict[str, dict[str, object]] = marker["files"]
-            self.state = TrainState.model_validate_json((folder / STATE).read_text())
-        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            self._small = StateFile.model_validate_json((folder / STATE).read_text())
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
+            raise CheckpointError(
+                f"{folder}: not a committed checkpoint of this format: {STATE}: {'; '.join(faults)}"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a committed checkpoint ({error})") from error
+        self.state = self._small.train
 
     def verify(self) -> None:
         """Compare every file with the marker; CheckpointError on a difference."""
@@ -74,14 +121,23 @@ class Checkpoint:
         return self._load(WEIGHTS)
 
     def snapshot(self) -> Snapshot:
-        """Weights, moments and counters as they were saved."""
-        flat = self._load(MOMENTS_FILE) if self.state.optimizer_steps else {}
-        moments = {
-            key: {n.split("/", 1)[1]: t for n, t in flat.items() if n.startswith(key + "/")}
-            for key in (MOMENTS if flat else ())
-        }
-        state = self.state
-        return Snapshot(self.weights(), moments, state.optimizer_steps, state.loss_scale)
+        """Weights, moments and counts as they were saved; CheckpointError if they do not agree."""
+        flat = self._load(MOMENTS_FILE) if MOMENTS_FILE in self._files else {}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for path, tensor in flat.items():
+            key, _, name = path.partition("/")
+            moments.setdefault(key, {})[name] = tensor
+        ages = self._small.ages()
+        snapshot = Snapshot(
+            self.weights(),
+            moments,
+            {name: steps for name, (steps, _) in ages.items() if steps},
+            frozenset(name for name, (_, is_new) in ages.items() if is_new),
+            self._small.loss_scale,
+        )
+        if faults := snapshot.faults():
+            raise CheckpointError(f"{self.folder}: its files do not agree: {'; '.join(faults[:5])}")
+        return snapshot
 
     def _load(self, name: str) -> dict[str, Tensor]:
         self._verify(name)
@@ -164,7 +220,7 @@ class CheckpointManager:
                     for name, tensor in named.items()}  # fmt: skip
             if flat:
                 safetensors.torch.save_file(flat, temporary / MOMENTS_FILE)
-            (temporary / STATE).write_text(state.model_dump_json(indent=1))
+            (temporary / STATE).write_text(_state_file(snapshot, state).model_dump_json(indent=1))
             files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             (temporary / MARKER).write_text(json.dumps({"tag": tag, "files": files}, indent=1))
             _sync(temporary)
@@ -201,6 +257,52 @@ class CheckpointManager:
             # The marker goes first: a half-deleted tag must not look committed.
             (checkpoint.folder / MARKER).unlink()
             shutil.rmtree(checkpoint.folder)
+
+
+def _state_file(snapshot: Snapshot, state: TrainState) -> StateFile:
+    members: dict[tuple[int, bool], list[str]] = {}
+    for name in snapshot.weights:
+        age = (snapshot.optimizer_steps.get(name, 0), name in snapshot.new_names)
+        if age != (0, False):
+            members.setdefault(age, []).append(name)
+    cohorts = tuple(
+        Cohort(optimizer_steps=steps, is_new=is_new, names=tuple(_fold(members[steps, is_new])))
+        for steps, is_new in sorted(members, reverse=True)
+    )
+    return StateFile(train=state, loss_scale=snapshot.loss_scale, cohorts=cohorts)
+
+
+def _fold(names: Iterable[str]) -> list[str]:
+    """`a.0.b`, `a.1.b`, `a.2.b`, `a.5.b`, `c` -> `a.0-2,5.b`, `c`."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        if found is None:
+            numbers[name, ""] = []
+        else:
+            numbers.setdefault((found[1], found[3]), []).append(int(found[2]))
+    return [before + _ranges(sorted(found)) + after for (before, after), found in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(numbers), start=1) if b != a + 1]
+    parts = [numbers[i:j] for i, j in pairwise([0, *breaks, len(numbers)])] if numbers else []
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def _unfold(folded: str) -> Iterator[str]:
+    """The names that `_fold` made one of."""
+    found = re.fullmatch(r"(.*?\.)(\d[\d,-]*)(\..*)", folded)
+    if found is None:
+        yield folded
+        return
+    for part in found[2].split(","):
+        first, _, last = part.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not 0 < len(span) <= MOST_LAYERS:
+            raise ValueError(f"{folded!r}: got the range {part}")
+        yield from (f"{found[1]}{number}{found[3]}" for number in span)
 
 
 def _fingerprint(path: Path) -> dict[str, object]:

@@ -227,6 +227,7 @@ def _stage_faults(
             )
         if stage:
             faults += _freeze_faults(path, index, stage)
+            faults += _rewarm_faults(path, index, stage)
             faults += _size_faults(path, stage, model, data)
     if stages and stages[-1]:
         faults += _last_stage_faults(f"stages.{len(stages) - 1}", stages[-1], model, data)
@@ -270,6 +271,29 @@ def _freeze_faults(path: str, index: int, stage: Stage) -> list[str]:
         faults.append(
             f"{path}.freeze.layers: got {stage.freeze.layers} of {stage.num_hidden_layers} layers; "
             f"allowed: 1 to {stage.num_hidden_layers - 1}, so that some train"
+        )
+    return faults
+
+
+def _rewarm_faults(path: str, index: int, stage: Stage) -> list[str]:
+    rewarm = stage.rewarm
+    if rewarm is None:
+        return []
+    faults = []
+    if index == 0:
+        faults.append(
+            f"{path}.rewarm: got a factor in the first stage; allowed: from the second stage on; "
+            "the run's own warm-up is learning_rate.warmup_steps"
+        )
+    if rewarm.steps > stage.steps:
+        faults.append(
+            f"{path}.rewarm.steps: got {rewarm.steps} in a stage of {stage.steps}; allowed: 0 to "
+            f"{stage.steps}"
+        )
+    if rewarm.factor == 1 and (rewarm.steps == 0 or rewarm.start == 1):
+        faults.append(
+            f"{path}.rewarm: got steps {rewarm.steps}, start {rewarm.start}, factor 1, which "
+            "change nothing; allowed: a ramp (steps and a start other than 1), or another factor"
         )
     return faults
 

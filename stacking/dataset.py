@@ -8,12 +8,10 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_prep.masking import (
     IGNORED,
@@ -25,10 +23,12 @@ from data_prep.masking import (
     static_mask_is_real,
 )
 from data_prep.shard_format import VOCABULARY, load_token_counts, load_vocabulary
+from stacking.batch import MaskedLMBatch
 from stacking.config import DataConfig
 from stacking.errors import ConfigError, ShardError
 from stacking.sample_order import SampleOrder
 from stacking.shard_reader import RowReader, ShardSet, check_compatible, layout_faults, open_shards
+from stacking.truncation import cut_rows
 
 __all__ = [
     "MaskedLMBatch",
@@ -43,34 +43,6 @@ __all__ = [
 PREFETCHED_STEPS = 2
 # The producer looks this often whether it was told to stop.
 _POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, eq=False)
-class MaskedLMBatch:
-    """One micro batch; masked_lm_ids is -100 where masked_lm_positions is padding."""
-
-    input_ids: Tensor  # [B, S] int64
-    token_type_ids: Tensor  # [B, S] int64
-    attention_mask: Tensor  # [B, S] bool
-    masked_lm_positions: Tensor  # [B, P] int64
-    masked_lm_ids: Tensor  # [B, P] int64
-    next_sentence_labels: Tensor | None  # [B] int64, 1 = random next
-    sample_indices: IntArray  # [B] global row numbers, -1: filler
-    num_masked: int
-    num_real_tokens: int
-
-    def to(self, device: torch.device | str) -> "MaskedLMBatch":
-        """Return the batch with its tensors on `device`."""
-        labels = self.next_sentence_labels
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            token_type_ids=self.token_type_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            masked_lm_positions=self.masked_lm_positions.to(device, non_blocking=True),
-            masked_lm_ids=self.masked_lm_ids.to(device, non_blocking=True),
-            next_sentence_labels=None if labels is None else labels.to(device, non_blocking=True),
-        )
 
 
 class PretrainingLoader:
@@ -235,13 +207,9 @@ class _BatchMaker:
     def __init__(
         self, shards: ShardSet, data: DataConfig, seed: int, model_vocab_size: int | None
     ) -> None:
-        faults = layout_faults(shards, data)
+        faults = layout_faults(shards, data, may_cut=True)
         if faults:
-            raise ShardError(
-                "\n".join(
-                    [f"{shards.data_dir} ({shards.split}):", *(f"  - {fault}" for fault in faults)]
-                )
-            )
+            raise ShardError("\n  - ".join([f"{shards.data_dir} ({shards.split}):", *faults]))
         self._shards = shards
         self._data = data
         self._seed = seed
@@ -261,6 +229,8 @@ class _BatchMaker:
             self._check_ids("masked_lm_ids", fields["masked_lm_ids"], rows)
         mask = fields.get("input_mask")
         attention = fields["input_ids"] != self._pad_id if mask is None else mask != 0
+        if self._policy is not None:
+            attention = self._unmasked(fields, attention, self._policy)
         fields["input_ids"], positions, ids = self._masks(fields, rows, epochs)
         num_real = rows.size - num_filler
         num_real_tokens = int(np.count_nonzero(attention[:num_real]))
@@ -283,17 +253,27 @@ class _BatchMaker:
             num_real_tokens=num_real_tokens,
         )
 
+    def _unmasked(
+        self, fields: dict[str, IntArray], attention: BoolArray, policy: MaskingPolicy
+    ) -> BoolArray:
+        """Undo static masks and cut rows to the length asked for, in `fields`; the attention."""
+        ids, length = fields["input_ids"], self._data.max_seq_length
+        if self._shards.max_predictions_per_seq:
+            ids = restore_originals(ids, fields["masked_lm_positions"], fields["masked_lm_ids"])
+        if length < self._shards.max_seq_length:
+            sep_id = policy.special_token_ids["sep"]
+            ids, fields["segment_ids"], attention = cut_rows(
+                ids, fields["segment_ids"], attention, max_seq_length=length, sep_id=sep_id
+            )
+        fields["input_ids"] = ids
+        return attention
+
     def _masks(
         self, fields: dict[str, IntArray], rows: IntArray, epochs: IntArray
     ) -> tuple[IntArray, IntArray, IntArray]:
         """Return masked ids [B, S], positions [B, P] and original ids [B, P] with -100 padding."""
         input_ids = fields["input_ids"]
-        static = self._shards.max_predictions_per_seq > 0
         if self._policy is not None:
-            if static:
-                input_ids = restore_originals(
-                    input_ids, fields["masked_lm_positions"], fields["masked_lm_ids"]
-                )
             masked = mask_tokens(
                 input_ids, self._policy, seed=self._seed, epoch=epochs, sample_indices=rows
             )

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
 import torch
@@ -126,6 +126,26 @@ def on_main(step: Callable[[], _Result]) -> _Result:
     if found[1]:
         raise UserError(str(found[1]))
     return cast(_Result, found[0])
+
+
+def tensors_of_main(
+    tensors: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, torch.Size],
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The main rank's fp32 `tensors`, by name, on every rank's CPU; others may give none.
+
+    Sent one by one over `device`, the kind that the process group works on. Collective.
+    """
+    received = {}
+    for name, shape in shapes.items():
+        own = tensors[name] if is_main() else torch.empty(shape)
+        if distributed.is_initialized():
+            sent = own.to(device, copy=True)
+            distributed.broadcast(sent, src=0)
+            own = sent.cpu()
+        received[name] = own
+    return received
 
 
 def shut_down() -> None:

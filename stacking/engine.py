@@ -11,6 +11,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from stacking import distributed
-from stacking.config import BertConfig, OptimizerConfig
+from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
-from stacking.errors import CheckpointError, ConfigError
+from stacking.errors import ConfigError
+from stacking.freezing import apply_freeze
 from stacking.modeling import BertForPreTraining
-from stacking.snapshot import MOMENTS, Snapshot
+from stacking.optimizer_state import OptimizerState
+from stacking.parameter_groups import parameter_groups
+from stacking.snapshot import Snapshot
 
 try:
     import deepspeed
@@ -38,13 +42,6 @@ try:
     )
 except ImportError:  # `from stacking import grow` works without it; start() says what to install
     deepspeed = None
-
-# Names of the flat fp32 partitions in DeepSpeed's ZeRO optimizers: stages 1-2, 3, BF16_Optimizer.
-_FLAT_PARTITIONS = (
-    "single_partition_of_fp32_groups",
-    "fp32_partitioned_groups_flat",
-    "fp32_groups_flat_partition",
-)
 
 
 def start(timeout_minutes: float = 10.0) -> Accelerator:
@@ -96,19 +93,31 @@ class TrainEngine:
         optimizer: OptimizerConfig,
         resolved: ResolvedEngine,
         snapshot: Snapshot,
+        freeze: Freeze | None = None,
     ) -> None:
-        """Build a fresh module and engine that hold `snapshot`. Collective."""
+        """Build a fresh module and engine that hold `snapshot`. Collective.
+
+        What `freeze` names has no master, no moments and no gradients to reduce. A history that
+        `snapshot` has of it ends here.
+        """
+        faults = snapshot.faults()
+        assert not faults, faults
         self.config = config
         model = BertForPreTraining(config, layer_norm=_layer_norm(resolved.apex_layer_norm))
         model.load_state_dict(snapshot.weights, strict=True)
+        apply_freeze(model, freeze)
+        still = {n: snapshot.weights[n] for n, p in model.named_parameters() if not p.requires_grad}
+        # They cannot change; the module's own copies may have 16 bits. The main rank keeps them.
+        self._frozen = still if distributed.is_main() else {}
+        self._frozen_shapes = {name: weight.shape for name, weight in still.items()}
+        self._new_names = snapshot.new_names
+        self._groups = parameter_groups(model, optimizer, snapshot)
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
-            model_parameters=parameter_groups(model, optimizer),
+            model_parameters=[group.for_optimizer(model) for group in self._groups],
             config=copy.deepcopy(resolved.deepspeed),  # DeepSpeed keeps and edits what it is given
         )
-        self._write_masters(snapshot.weights)
-        if snapshot.moments:
-            self._write_moments(snapshot)
+        OptimizerState(self._engine, self._groups).write(snapshot)
         if snapshot.loss_scale is not None and self._loss_scaler() is not None:
             self._loss_scaler().cur_scale = snapshot.loss_scale
 
@@ -123,16 +132,24 @@ class TrainEngine:
         self._engine.global_samples = global_step * global_batch_size
 
     def train_step(
-        self, batches: Sequence[MaskedLMBatch], *, learning_rate: float, counts: Tensor, seed: int
+        self,
+        batches: Sequence[MaskedLMBatch],
+        *,
+        learning_rate: float,
+        new_learning_rate: float | None = None,
+        counts: Tensor,
+        seed: int,
     ) -> Tensor:
         """One optimizer update from this rank's micro batches.
 
+        `new_learning_rate`: of the parameters that came with the stage; None: `learning_rate` too.
         `counts` [2]: masked tokens and sequences of this step over *all* ranks; the loss is their
         mean, whatever the number of ranks and micro batches. Returns this rank's detached sums
         [3]: MLM loss, NSP loss, correct predictions.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        new_rate = learning_rate if new_learning_rate is None else new_learning_rate
+        for group, ours in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = new_rate if ours.is_new else learning_rate
         # DeepSpeed divides by the accumulation steps and averages over ranks: undone here.
         share = len(batches) * distributed.world_size()
         totals = torch.zeros(3, device=self.device)
@@ -196,80 +213,14 @@ class TrainEngine:
 
     def snapshot(self) -> Snapshot:
         """Full fp32 weights and moments on every rank's CPU, one tensor at a time. Collective."""
-        names = list(self._engine.module.named_parameters())
-        steps = self._adam_steps()
-        self._link_moments()
-        moments: dict[str, dict[str, Tensor]] = {}
-        if steps:
-            for key in MOMENTS:
-                moments[key] = {name: _own(self._full_state(p, key)) for name, p in names}
-        weights = {name: _own(self._full_weight(parameter)) for name, parameter in names}
-        return Snapshot(weights, moments, steps, self.loss_scale)
-
-    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
-        # Stage 0 has no master apart from the parameter, and fp32 there (16 bits are refused).
-        full = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        return parameter.detach() if full is None else full
-
-    def _full_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        full = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-        if full is None:
-            full = self._base_optimizer().state[parameter][key]
-        assert isinstance(full, Tensor)
-        return full
-
-    def _write_masters(self, weights: Mapping[str, Tensor]) -> None:
-        """DeepSpeed makes the masters from the 16-bit copy: put the lost bits back."""
-        for name, parameter in self._engine.module.named_parameters():
-            _write_full(parameter, weights[name].to(self.device))
-
-    def _write_moments(self, snapshot: Snapshot) -> None:
-        """Create Adam's state as its first step would, then fill it."""
-        optimizer = self._base_optimizer()
-        flats = self._flat_partitions()
-        is_torch = isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
-        count = snapshot.optimizer_steps
-        for flat in flats or list(self._engine.module.parameters()):
-            optimizer.state[flat] = {
-                "step": torch.tensor(float(count), device=flat.device) if is_torch else count,
-                **{key: torch.zeros_like(flat, dtype=torch.float32) for key in MOMENTS},
-            }
-        self._link_moments()
-        for key in MOMENTS:
-            for name, parameter in self._engine.module.named_parameters():
-                value = snapshot.moments[key][name].to(self.device)
-                if flats:
-                    _write_full(parameter, value, key)
-                else:
-                    optimizer.state[parameter][key].copy_(value)
-
-    def _link_moments(self) -> None:
-        """Let each parameter find its part of the flat moments (ZeRO 1 and 2).
-
-        DeepSpeed links them when the first parameter group has stepped, before the others have any
-        moments, and never again.
-        """
-        optimizer = self._engine.optimizer
-        if self._base_optimizer().state and hasattr(optimizer, "_hp_optimizer_states_linked"):
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _flat_partitions(self) -> list[Tensor]:
-        for name in _FLAT_PARTITIONS:
-            if hasattr(self._engine.optimizer, name):
-                return list(getattr(self._engine.optimizer, name))
-        return []
-
-    def _base_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    def _adam_steps(self) -> int:
-        states = [state for state in self._base_optimizer().state.values() if "step" in state]
-        if states and not all(set(MOMENTS) <= set(state) for state in states):
-            raise CheckpointError("only Adam's moments can be saved; choose Adam in the JSON")
-        return int(states[0]["step"]) if states else 0
+        trained = OptimizerState(self._engine, self._groups).read()
+        frozen = distributed.tensors_of_main(self._frozen, self._frozen_shapes, self.device)
+        return replace(
+            trained,
+            weights=trained.weights | frozen,
+            new_names=self._new_names,
+            loss_scale=self.loss_scale,
+        )
 
     def _loss_scaler(self) -> Any:  # DeepSpeed ships no types
         if not self._engine.fp16_enabled():
@@ -295,38 +246,6 @@ class TrainEngine:
         distributed.barrier()
 
 
-def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, object]]:
-    """Weight decay on matrices, none on biases and LayerNorms, unless `decay_all` (2019).
-
-    Empty groups are dropped: ZeRO 1 and 2 crash on them.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if optimizer.decay_all or p.ndim > 1]
-    plain = [p for p in parameters if not optimizer.decay_all and p.ndim <= 1]
-    groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": optimizer.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _write_full(parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-    """Write a whole fp32 weight, or moment `key`, of which this rank keeps its part."""
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
-        # DeepSpeed's own safe_set_full_* overrun the tensor on the last rank when its size is no
-        # multiple of the ranks; the test of odd sizes in test_engine.py tells when that is mended.
-        optimizer = parameter._z3_optimizer  # type: ignore[attr-defined]
-        part: Tensor = optimizer.get_local_fp32_param(parameter, key)
-        whole = torch.zeros(part.numel() * distributed.world_size(), device=value.device)
-        whole[: value.numel()] = value.flatten()
-        mine = whole.narrow(0, distributed.rank() * part.numel(), part.numel())
-        optimizer.set_local_hp_param(mine, parameter, key)
-    elif key is None:
-        deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-    else:
-        deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
-
-
 def _layer_norm(use_apex: bool) -> Any:  # apex ships no types
     if not use_apex:
         return nn.LayerNorm
@@ -346,11 +265,6 @@ def _totals(sums: Mapping[str, Tensor]) -> Tensor:
     mlm = sums["mlm_loss_sum"].detach()
     nsp = sums["nsp_loss_sum"].detach() if "nsp_loss_sum" in sums else torch.zeros_like(mlm)
     return torch.stack([mlm, nsp, sums["mlm_correct"].to(mlm.dtype)])
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A CPU copy that is no view of a flat buffer, which it would keep alive."""
-    return tensor.detach().float().cpu().clone()
 
 
 def _mix(seed: int, micro_step: int, rank: int) -> int:

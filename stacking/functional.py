@@ -22,10 +22,16 @@ def attend(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=dropout_p
         )
+    probabilities = attention_probabilities(query, key, bias)
+    return torch.matmul(dropout(probabilities, dropout_p, training=True), value)
+
+
+def attention_probabilities(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """[B,N,R,D], [B,N,S,D], additive [B,1,1,S] -> [B,N,R,S], before dropout."""
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))  # [B, N, R, S]
     if bias is not None:
         scores = scores + bias
-    return torch.matmul(dropout(scores.softmax(-1), dropout_p, training=True), value)
+    return scores.softmax(-1)
 
 
 def gather_rows(hidden: Tensor, positions: Tensor) -> Tensor:

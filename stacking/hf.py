@@ -19,8 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 from transformers.utils import logging as hf_logging
@@ -41,6 +45,15 @@ from stacking.hf_tokenizer import write_tokenizer
 from stacking.modeling import BertForPreTraining, init_weights
 
 logger = logging.getLogger(__name__)
+
+AnyAuto = type[
+    AutoModel
+    | AutoModelForMaskedLM
+    | AutoModelForPreTraining
+    | AutoModelForQuestionAnswering
+    | AutoModelForSequenceClassification
+    | AutoModelForTokenClassification
+]
 
 MAX_LOGIT_DIFFERENCE = 1e-4
 """fp32; two correct implementations differ by rounding only, about 1e-6 at unit-size logits."""
@@ -103,7 +116,7 @@ def save_pretrained(
             f"export: logits of {partial} differ by {difference:.3g} from the model's, allowed is "
             f"{MAX_LOGIT_DIFFERENCE}; the folder stays for inspection, {folder} is untouched"
         )
-    _replace(folder, partial)
+    replace_folder(folder, partial)
     return ExportReport(home.architecture(config), difference, folder, tuple(_notes(config, home)))
 
 
@@ -125,7 +138,7 @@ def verify(
     theirs, missing = _load_transformers(folder, home, with_nsp=home.holds_nsp(config))
     if missing:
         raise CheckpointError(f"export: {folder} lacks {', '.join(sorted(missing))}")
-    ids = _random_ids(config) if input_ids is None else input_ids
+    ids = random_ids(config) if input_ids is None else input_ids
     mask = ids != config.pad_token_id
     segments = (torch.arange(ids.shape[1]) >= ids.shape[1] // 2).long().expand_as(ids).contiguous()
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
@@ -146,14 +159,18 @@ def verify(
 
 def load_pretrained(folder: Path) -> tuple[BertForPreTraining, BertConfig]:
     """Read a folder of one of the five homes in fp32; heads that it lacks are drawn and logged."""
-    home, fields = _read_home(folder)
+    home, fields = read_home(folder)
     theirs, missing = _load_transformers(folder, home, with_nsp=True)
     weights = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
     has_nsp = home.pre_training_class is not None and not any(
         "seq_relationship" in name or "pooler" in name for name in missing
     )
-    config = _our_config(fields, home, weights, has_nsp)
-    _require_tied(weights, home, folder)
+    config = our_config(fields, home, has_nsp)
+    if config.tie_word_embeddings:
+        require_tied(weights, home, folder)
+    elif biases := {name for name in missing if name.endswith("decoder.bias")}:
+        # Before release 5, transformers wrote the bias of an untied decoder under one name only.
+        missing, weights = missing - biases, {n: t for n, t in weights.items() if n not in biases}
     model = BertForPreTraining(config)
     model.load_state_dict(from_home(weights, config, home))
     _draw_missing(model, missing, folder)
@@ -166,9 +183,10 @@ def home_config(config: BertConfig, home: Home) -> dict[str, object]:
         "architectures": [home.architecture(config)],
         "model_type": home.model_type,
         **{name: getattr(config, name) for name in SHARED_FIELDS},
+        "intermediate_size": config.inner_size(0),
         "bos_token_id": None,
         "eos_token_id": None,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": "float32",
     }
     if home is not ESM:
@@ -187,15 +205,23 @@ def home_config(config: BertConfig, home: Home) -> dict[str, object]:
     return fields
 
 
-def _read_home(folder: Path) -> tuple[Home, dict[str, object]]:
+def read_home(folder: Path) -> tuple[Home, dict[str, object]]:
     """Home and config.json fields, defaults filled in; ConfigError where we cannot represent it."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json, this is not a Hugging Face folder")
-    with _quiet_transformers():
-        fields = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    known = ", ".join(home.model_type for home in HOMES)
+    try:
+        with _quiet_transformers():
+            fields = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}/config.json: transformers cannot read it, readable are models of type "
+            f"{known}: {str(error).splitlines()[0]}"
+        ) from error
     home = next((home for home in HOMES if home.model_type == fields["model_type"]), None)
     if home is None:
-        known = ", ".join(home.model_type for home in HOMES)
         raise ConfigError(f"{folder}: model_type={fields['model_type']}, readable are {known}")
     needed: dict[str, tuple[object, ...]] = {
         "is_decoder": (False, None),
@@ -204,7 +230,7 @@ def _read_home(folder: Path) -> tuple[Home, dict[str, object]]:
         "rotary_value": (False, None),
         "embedding_size": (fields["hidden_size"], None),
         "token_dropout": (False, None),
-        "tie_word_embeddings": (True, None),
+        "tie_word_embeddings": (True, False, None),
     }
     faults = [
         f"{folder}/config.json: {key}={fields.get(key)}, readable: {', '.join(map(str, allowed))}"
@@ -221,9 +247,13 @@ def _load_transformers(
 ) -> tuple[PreTrainedModel, set[str]]:
     """(fp32 model in eval mode, names that the file lacks and transformers drew at random)."""
     pre_training = with_nsp and home.pre_training_class is not None
-    auto: type[AutoModelForMaskedLM | AutoModelForPreTraining] = (
-        AutoModelForPreTraining if pre_training else AutoModelForMaskedLM
-    )
+    auto: AnyAuto = AutoModelForPreTraining if pre_training else AutoModelForMaskedLM
+    model, missing, _ = load_transformers(folder, auto)
+    return model, missing
+
+
+def load_transformers(folder: Path, auto: AnyAuto) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """(fp32 model in eval mode, names that only the model has, names that only the file has)."""
     try:
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):
             model, info = auto.from_pretrained(
@@ -231,18 +261,15 @@ def _load_transformers(
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
-    return model.eval(), set(info["missing_keys"])
+    return model.eval(), set(info["missing_keys"]), set(info["unexpected_keys"])
 
 
-def _our_config(
-    fields: dict[str, object], home: Home, weights: dict[str, Tensor], has_nsp: bool
-) -> BertConfig:
+def our_config(fields: dict[str, object], home: Home, has_nsp: bool) -> BertConfig:
     """BertConfig of a folder with these config.json fields."""
     same = set(BertConfig.model_fields) & set(fields)
     values = {name: fields[name] for name in same if fields[name] is not None}
-    positions = weights.get(f"{home.prefix}embeddings.position_embeddings.weight")
     values |= {
-        "position": "rotary" if positions is None else "learned",
+        "position": "rotary" if home.requires["position"] == ("rotary",) else "learned",
         "layer_norm": home.requires["layer_norm"][0],
         "embedding_layer_norm": "embeddings.layer_norm" in home.outer_names,
         "num_nsp_labels": 2 if has_nsp else 0,
@@ -257,17 +284,25 @@ def _our_config(
     return config
 
 
-def _require_tied(weights: dict[str, Tensor], home: Home, folder: Path) -> None:
+def require_tied(weights: dict[str, Tensor], home: Home, folder: Path) -> None:
+    """Refuse a decoder that is not the word embedding where config.json says that it is."""
     decoder = next((weights[name] for name in weights if name.endswith(".decoder.weight")), None)
     words = weights[f"{home.prefix}embeddings.word_embeddings.weight"]
     if decoder is not None and not torch.equal(decoder, words):
-        raise ConfigError(f"{folder}: the MLM decoder is not tied to the word embedding; ours is")
+        raise ConfigError(
+            f"{folder}: the MLM decoder differs from the word embedding, but config.json says "
+            "tie_word_embeddings: true; set it to false"
+        )
 
 
 def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) -> None:
     """Draw heads that the folder lacks, and say so; anything else that is missing is an error."""
     heads = {name for name in missing if name.startswith(("cls.", "lm_head.")) or "pooler" in name}
     ignored = {name for name in missing if "contact_head" in name or "embed_positions" in name}
+    if not any(
+        name.endswith((".transform.dense.weight", "lm_head.dense.weight")) for name in heads
+    ):
+        heads -= {name for name in missing if name.endswith("decoder.weight")}
     if missing - heads - ignored:
         raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing - heads - ignored))}")
     if any("predictions" in name or "lm_head" in name for name in heads):
@@ -277,9 +312,9 @@ def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) ->
         logger.warning("%s has no MLM head: it starts at BERT's initialisation, untrained", folder)
 
 
-def _random_ids(config: BertConfig) -> Tensor:
+def random_ids(config: BertConfig, longest: int = 64) -> Tensor:
     """[3,S] ids with right padding in the last two rows; S <= 64 keeps the check to a second."""
-    length = min(config.max_position_embeddings, 64)
+    length = min(config.max_position_embeddings, longest)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (3, length), generator=generator)
     ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
@@ -317,7 +352,7 @@ def _require_replaceable(folder: Path) -> None:
         raise ConfigError(f"--out {folder}: is a file; give a folder")
 
 
-def _replace(folder: Path, partial: Path) -> None:
+def replace_folder(folder: Path, partial: Path) -> None:
     """Put `partial` in the place of `folder`; at no moment is there a half-written `folder`."""
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -20,6 +20,7 @@ LAYER_PREFIX = "encoder.layers."
 QKV = "attention.qkv."
 POSITIONS = "embeddings.position_embeddings.weight"
 SEGMENTS = "embeddings.token_type_embeddings.weight"
+MLM_BIAS = "mlm_head.bias"
 
 Weights = dict[str, Tensor]
 Requirements = Mapping[str, tuple[str | int | bool, ...]]
@@ -67,6 +68,7 @@ BERT_LAYER_NAMES = {
 BERT_HEAD_NAMES = {
     "mlm_head.dense": "cls.predictions.transform.dense",
     "mlm_head.layer_norm": "cls.predictions.transform.LayerNorm",
+    "mlm_head.decoder": "cls.predictions.decoder",
     "mlm_head": "cls.predictions",
     "nsp_head.pooler": "bert.pooler.dense",
     "nsp_head.classifier": "cls.seq_relationship",
@@ -74,6 +76,7 @@ BERT_HEAD_NAMES = {
 ROBERTA_HEAD_NAMES = {
     "mlm_head.dense": "lm_head.dense",
     "mlm_head.layer_norm": "lm_head.layer_norm",
+    "mlm_head.decoder": "lm_head.decoder",
     "mlm_head": "lm_head",
 }
 TABLE_POSITIONS = ("learned", "sinusoidal")
@@ -172,6 +175,8 @@ HOMES = (BERT, ROFORMER, MEGATRON, ROBERTA_PRE, ESM)
 
 def choose_home(config: BertConfig) -> Home:
     """The one home that holds `config`; ConfigError with each near miss where there is none."""
+    if faults := _small_form_faults(config):
+        raise ConfigError(faults)
     objections = {home.model_type: home.objections(config) for home in HOMES}
     for home in HOMES:
         if not objections[home.model_type]:
@@ -185,6 +190,20 @@ def choose_home(config: BertConfig) -> Home:
         ]
         + ["model: no export; train with the options of one line above, see docs/models.md"]
     )
+
+
+def _small_form_faults(config: BertConfig) -> list[str]:
+    """Forms of a stage on the way, which transformers has nowhere."""
+    full: dict[str, object] = {"pooling": "none", "shared_attention_layers": ()}
+    sizes = config.layer_intermediate_sizes
+    if len(set(sizes)) > 1:
+        full["layer_intermediate_sizes"] = (max(sizes),) * len(sizes)
+    return [
+        f"model.{field}: got {getattr(config, field)}, which no architecture of transformers can "
+        f"hold; allowed: {value or '()'}; grow the model to this form first (a last stage with it)"
+        for field, value in full.items()
+        if getattr(config, field) != value
+    ]
 
 
 def to_home(model: BertForPreTraining, home: Home) -> Weights:
@@ -214,7 +233,10 @@ def from_home(weights: Weights, config: BertConfig, home: Home) -> Weights:
                 parts[:2] = [_pairs_to_halves(part, config) for part in parts[:2]]
             state[name] = torch.cat(parts)
         else:
-            tensor = weights[_their_name(name, home)]
+            theirs = _their_name(name, home)
+            if name == MLM_BIAS and not config.tie_word_embeddings:  # What an untied decoder adds.
+                theirs = next(n for n in (_decoder_bias(home), theirs) if n in weights)
+            tensor = weights[theirs]
             skipped = config.pad_token_id + 1 if home is ROBERTA_PRE and name == POSITIONS else 0
             state[name] = tensor[skipped:]
     return {name: tensor.float().clone() for name, tensor in state.items()}
@@ -250,7 +272,10 @@ def _exported(
         return list(zip(_qkv_names(name, home), (query, key, value), strict=True))
     if home is ROBERTA_PRE and name == POSITIONS:
         tensor = torch.cat([torch.zeros(config.pad_token_id + 1, config.hidden_size), tensor])
-    return [(_their_name(name, home), tensor)]
+    names = [_their_name(name, home)]
+    if name == MLM_BIAS and not config.tie_word_embeddings and home is not ESM:
+        names.append(_decoder_bias(home))
+    return [(theirs, tensor.clone() if len(names) > 1 else tensor) for theirs in names]
 
 
 def _constants(config: BertConfig, home: Home) -> Weights:
@@ -283,6 +308,11 @@ def _their_name(name: str, home: Home) -> str:
         index, _, part = module.removeprefix(LAYER_PREFIX).partition(".")
         return f"{home.prefix}encoder.layer.{index}.{home.layer_names[part]}.{kind}"
     return home.prefix + name
+
+
+def _decoder_bias(home: Home) -> str:
+    """Where an untied decoder of transformers keeps its bias; ESM's has none of its own."""
+    return f"{home.outer_names['mlm_head.decoder']}.bias"
 
 
 def _qkv_names(name: str, home: Home) -> list[str]:

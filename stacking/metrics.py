@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stacking import cost, distributed
-from stacking.config import BertConfig, DataConfig
+from stacking.config import BertConfig, DataConfig, Freeze
 from stacking.dataset import MaskedLMBatch
 
 
@@ -113,10 +113,13 @@ class Window:
         return rates
 
 
-def model_flops(config: BertConfig, data: DataConfig, rates: WindowRates) -> float:
+def model_flops(
+    config: BertConfig, data: DataConfig, rates: WindowRates, freeze: Freeze | None = None
+) -> float:
     """FLOPs that the window's *real* tokens needed; recomputation and padding do not count."""
     sequences = rates.tokens / data.max_seq_length
-    padded = cost.training_flops(config, 1, data.max_seq_length, data.max_predictions_per_seq)
+    sizes = data.max_seq_length, data.max_predictions_per_seq
+    padded = cost.training_flops(config, 1, *sizes, freeze=freeze)
     return padded * sequences * rates.real_tokens / max(1, rates.tokens)
 
 

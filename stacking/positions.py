@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin, [S,1,1,D/2], or [B,S,1,1,D/2] where positions differ by sequence."""
+
 MAX_WAVELENGTH = 10_000.0
 """Longest wavelength over 2 pi (Vaswani et al. 2017, section 3.5; kept by RoFormer)."""
 
@@ -18,9 +21,10 @@ class RotaryTable:
 
     def __init__(self, head_size: int) -> None:
         self.head_size = head_size
-        self.cache: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.cache: dict[tuple[int, torch.device, torch.dtype], Rotation] = {}
+        self.frequencies: dict[torch.device, Tensor] = {}
 
-    def lookup(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, length: int, like: Tensor) -> Rotation:
         """(cos, sin), each [S,1,1,D/2], on `like`'s device and in its dtype."""
         key = (length, like.device, like.dtype)
         if key not in self.cache:
@@ -31,6 +35,15 @@ class RotaryTable:
                 )
             self.cache[key] = (cos, sin)
         return self.cache[key]
+
+    def at(self, positions: Tensor, like: Tensor) -> Rotation:
+        """(cos, sin), each [B,T,1,1,D/2], at [B,T] fp64 positions, whole or not."""
+        if positions.device not in self.frequencies:
+            with torch.inference_mode(False):
+                frequencies = rotary_frequencies(self.head_size).to(positions.device)
+            self.frequencies[positions.device] = frequencies
+        angles = positions[..., None, None, None] * self.frequencies[positions.device]
+        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 class SinusoidalTable:
@@ -61,13 +74,18 @@ class SinusoidalTable:
 
 
 def rotary_angles(length: int, head_size: int) -> Tensor:
-    """[S,D/2] fp64: position s times frequency 10,000^(-2i/D)."""
+    """[S,D/2] fp64: position s times frequency."""
+    return torch.outer(_positions(length), rotary_frequencies(head_size))
+
+
+def rotary_frequencies(head_size: int) -> Tensor:
+    """[D/2] fp64: 10,000^(-2i/D)."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device="cpu") / head_size
-    return torch.outer(_positions(length), MAX_WAVELENGTH**-exponents)
+    return MAX_WAVELENGTH**-exponents
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [B,S,2,N,D] queries and keys by their positions, pairing feature i with i + D/2.
+    """Rotate [B,S,1 or 2,N,D] queries and keys by their positions, pairing feature i with i + D/2.
 
     The half-split pairing of GPT-NeoX and ESM: both members of a pair lie in contiguous halves, so
     that no strided access is needed. RoFormer pairs 2i with 2i + 1: the same function after a

@@ -12,7 +12,7 @@ from stacking.engine import TrainEngine
 from stacking.errors import UserError
 from stacking.progress import ProgressReporter
 from stacking.run_folder import RunFolder
-from stacking.schedule import learning_rate, stage_start
+from stacking.schedule import stage_rates, stage_start
 from stacking.stage_switch import SwitchReport
 
 _DTYPES = {
@@ -21,6 +21,9 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "bf16_autocast": torch.bfloat16,
 }
+
+LOCKED, STEPS_TO_COME_APART = 0.9999, 50
+"""Copies of a unit whose cosine is above LOCKED after so many steps do not come apart."""
 
 
 class NonFiniteLoss(UserError):
@@ -84,13 +87,15 @@ class RunLog:
                 "warmup_steps; with another recipe and folder a run starts anew, with the same "
                 "ones it goes back to its last checkpoint"
             )
-        rate = learning_rate(step - 1, recipe.learning_rate, recipe.total_steps)
+        rate, new_rate = stage_rates(recipe, step - 1)
         per_second = rates.real_tokens / rates.seconds
-        flops = metrics.model_flops(engine.config, recipe.data, rates)
+        freeze = recipe.stages[state.stage].freeze
+        data = recipe.stage_data(state.stage)
+        flops = metrics.model_flops(engine.config, data, rates, freeze)
         self._log.write("train", {
             "global_step": step, "stage": state.stage,
-            "num_hidden_layers": state.num_hidden_layers, "lr": rate, "loss": loss,
-            "mlm_loss": rates.mlm_loss, "nsp_loss": rates.nsp_loss,
+            "num_hidden_layers": state.num_hidden_layers, "lr": rate, "new_lr": new_rate,
+            "loss": loss, "mlm_loss": rates.mlm_loss, "nsp_loss": rates.nsp_loss,
             "mlm_accuracy": rates.mlm_accuracy, "tokens": state.tokens,
             "real_tokens": state.real_tokens, "step_seconds": rates.seconds / rates.steps,
             "tokens_per_second": per_second, "model_flops": flops,
@@ -108,13 +113,8 @@ class RunLog:
 
     def _seconds_left(self, step: int, stage: int, step_seconds: float) -> float:
         """Time of the steps to come, if each stage's steps cost what their FLOPs say."""
-        recipe, data = self._recipe, self._recipe.data
-        flops = [
-            training_flops(
-                recipe.stage_model(s), 1, data.max_seq_length, data.max_predictions_per_seq
-            )
-            for s in range(len(recipe.stages))
-        ]
+        recipe = self._recipe
+        flops = [_sequence_flops(recipe, index) for index in range(len(recipe.stages))]
         here = (stage_start(stage + 1, recipe.stages) - step) * flops[stage]
         later = range(stage + 1, len(flops))
         to_come = here + sum(recipe.stages[s].steps * flops[s] for s in later)
@@ -141,12 +141,28 @@ class RunLog:
         """A growth."""
         self._log.write("stage_switch", {"global_step": state.global_step, **report.row()})
         self.say(
-            f"step {state.global_step}: grown from {report.from_num_hidden_layers} to "
-            f"{report.to_num_hidden_layers} layers in {report.seconds:.1f} s; probe loss "
-            f"{report.loss_before:.3f} -> {report.loss_after:.3f}"
+            f"step {state.global_step}: grown, {report.summary}, in {report.seconds:.1f} s; "
+            f"probe loss {report.loss_before:.3f} -> {report.loss_after:.3f}"
         )
         if report.warning:
             self.say(f"warning: {report.warning}")
+
+    def symmetry(self, state: TrainState, steps: int, similarity: dict[str, float]) -> None:
+        """How alike duplicated units are, `steps` steps after they were made."""
+        if not similarity:
+            return
+        self._log.write("symmetry", {
+            "global_step": state.global_step, "stage": state.stage, "steps_in_stage": steps,
+            "duplicate_similarity": similarity,
+        })  # fmt: skip
+        locked = [kind for kind, cosine in similarity.items() if cosine > LOCKED]
+        if locked and steps >= STEPS_TO_COME_APART:
+            self.say(
+                f"warning: step {state.global_step}: {steps} steps after growth the copies of "
+                f"{', '.join(locked)} units are still equal (cosine above {LOCKED}), so the width "
+                "is wasted; use an operator that breaks the symmetry, such as ffn 'split' or "
+                "hidden 'uneven'"
+            )
 
     def run_end(self, state: TrainState) -> None:
         """The closing row, once, and the result in one line."""
@@ -177,3 +193,10 @@ def _stage_row(model: BertConfig, steps: int) -> dict[str, int]:
 
 def _nats(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else "unknown"
+
+
+def _sequence_flops(recipe: Recipe, stage: int) -> int:
+    """FLOPs of training on one sequence in `stage`."""
+    data = recipe.stage_data(stage)
+    sizes = data.max_seq_length, data.max_predictions_per_seq
+    return training_flops(recipe.stage_model(stage), 1, *sizes, freeze=recipe.stages[stage].freeze)

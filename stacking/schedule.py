@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from stacking.config import LearningRateConfig, Stage
+from stacking.config import LearningRateConfig, Recipe, Rewarm, Stage
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,32 @@ def learning_rate(step: int, config: LearningRateConfig, total_steps: int) -> fl
     if config.schedule == "cosine":  # Loshchilov and Hutter 2017, equation 5, without restarts
         share_left = 0.5 * (1 + math.cos(math.pi * (1 - share_left)))
     return config.end + (config.peak - config.end) * share_left
+
+
+def rewarm_factor(step_in_stage: int, rewarm: Rewarm | None, *, is_new: bool) -> float:
+    """Factor on the rate of the stage's step `step_in_stage` (0-based).
+
+    `is_new`: of the parameters that came with the stage; the others have 1 where only these are
+    warmed. A ramp of W steps ends with step W - 1 at `factor` (SPARKLING, arXiv 2602.02472: new
+    parameters alone, from 1 to 1.3).
+    """
+    if rewarm is None or (rewarm.parameters == "new" and not is_new):
+        return 1.0
+    if step_in_stage >= rewarm.steps:
+        return rewarm.factor
+    share = (step_in_stage + 1) / rewarm.steps
+    return rewarm.start + (rewarm.factor - rewarm.start) * share
+
+
+def stage_rates(recipe: Recipe, step: int) -> tuple[float, float]:
+    """Rates of optimizer step `step`: of all parameters, and of those that came with its stage."""
+    position = stage_at(step, recipe.stages)
+    rate = learning_rate(step, recipe.learning_rate, recipe.total_steps)
+    rewarm = recipe.stages[position.stage].rewarm
+    old, new = (
+        rewarm_factor(position.step_in_stage, rewarm, is_new=is_new) for is_new in (False, True)
+    )
+    return rate * old, rate * new
 
 
 def _between_points(step: int, points: Sequence[tuple[int, float]]) -> float:

@@ -24,6 +24,7 @@ from data_prep.shard_format import (
 from stacking.config import BertConfig, DataConfig
 from stacking.errors import ShardError
 from stacking.sample_order import BLOCK_ROWS, GROUP_BLOCKS
+from stacking.truncation import SHORTEST_PAIR
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +98,15 @@ def open_shards(data_dir: Path, split: Split) -> ShardSet:
     return shards
 
 
-def check_compatible(shards: ShardSet, config: BertConfig, data: DataConfig) -> None:
-    """Raise one ShardError that lists all in which shards, model and data settings disagree."""
-    faults = layout_faults(shards, data)
+def check_compatible(
+    shards: ShardSet, config: BertConfig, data: DataConfig, *, may_cut: bool = False
+) -> None:
+    """Raise one ShardError that lists all in which shards, model and data settings disagree.
+
+    `may_cut`: whether sequences may be shorter than the shards', which is for a stage's model and
+    data. The recipe's own must be as long: a default would drop most of the text unasked.
+    """
+    faults = layout_faults(shards, data, may_cut=may_cut)
     manifest = shards.manifest
     if manifest is not None and manifest.vocab_size > config.vocab_size:
         faults.append(
@@ -256,15 +263,10 @@ class RowReader:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def layout_faults(shards: ShardSet, data: DataConfig) -> list[str]:
+def layout_faults(shards: ShardSet, data: DataConfig, *, may_cut: bool) -> list[str]:
     """Return what forbids reading these shards with these settings, whatever the model."""
-    faults = []
+    faults = _length_faults(shards, data, may_cut)
     static = shards.max_predictions_per_seq
-    if data.max_seq_length != shards.max_seq_length:
-        faults.append(
-            f"sequences have {shards.max_seq_length} tokens, data.max_seq_length is "
-            f"{data.max_seq_length}; set it to {shards.max_seq_length}"
-        )
     if data.masking == "static" and not static:
         faults.append(
             'data.masking is "static", but the shards are unmasked; use "dynamic", or prepare '
@@ -285,6 +287,29 @@ def layout_faults(shards: ShardSet, data: DataConfig) -> list[str]:
             '[PAD] are unknown; use "static"'
         )
     return faults
+
+
+def _length_faults(shards: ShardSet, data: DataConfig, may_cut: bool) -> list[str]:
+    """Sequences that are longer than the shards', or shorter where they must not or cannot be."""
+    own, wanted = shards.max_seq_length, data.max_seq_length
+    if wanted == own:
+        return []
+    fault = f"sequences have {own} tokens, data.max_seq_length is {wanted}; set it to {own}"
+    if wanted > own:
+        return [fault]
+    if not may_cut:
+        return [fault + f"; single stages may be shorter: set stages.N.max_seq_length to {wanted}"]
+    if data.masking == "static":
+        return [
+            f"sequences of {own} tokens cannot be cut to {wanted} with data.masking "
+            '"static", whose masks are those of whole sequences; use "dynamic"'
+        ]
+    if _has_labels(shards) and wanted < SHORTEST_PAIR:
+        return [
+            f"sentence pairs cannot be cut to {wanted} tokens; give max_seq_length "
+            f"{SHORTEST_PAIR} or more, so that both texts keep a token"
+        ]
+    return []
 
 
 def _check_alike(shards: ShardSet) -> None:

@@ -9,9 +9,44 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their name in every implementa
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that an optimizer step reads: fp32, on the CPU, independent of ranks and ZeRO."""
+    """Everything that an optimizer step reads: fp32, on the CPU, independent of ranks and ZeRO.
+
+    Its tensors are nobody's to change: an engine may keep those of what is frozen.
+    """
 
     weights: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "exp_avg" -> name -> ...
-    optimizer_steps: int = 0  # Adam's own count: since the moments were fresh
-    loss_scale: float | None = None  # fp16 only
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """"exp_avg" and "exp_avg_sq" -> name -> tensor; only parameters that have a history."""
+    optimizer_steps: dict[str, int] = field(default_factory=dict)
+    """Adam's own count of these parameters, at least 1; all others start at 0."""
+    new_names: frozenset[str] = frozenset()
+    """Parameters that came with the current stage: their rate may have a factor of its own."""
+    loss_scale: float | None = None
+    """fp16 only."""
+
+    def faults(self) -> list[str]:
+        """What contradicts itself, one line each; empty for a sound snapshot."""
+        strangers = sorted(self.new_names - self.weights.keys())
+        faults = [f"{name}: new, but no weight" for name in strangers]
+        for name, count in self.optimizer_steps.items():
+            if name not in self.weights:
+                faults.append(f"{name}: {count} optimizer steps, but no weight")
+            elif count < 1:
+                faults.append(f"{name}: got {count} optimizer steps; allowed: 1 or more, or none")
+        for key in sorted({*self.moments, *(MOMENTS if self.optimizer_steps else ())}):
+            faults += self._moment_faults(key)
+        return faults
+
+    def _moment_faults(self, key: str) -> list[str]:
+        if key not in MOMENTS:
+            return [f"moments: got {key!r}; allowed: {' and '.join(MOMENTS)}"]
+        named = self.moments.get(key, {})
+        lonely = sorted(named.keys() ^ self.optimizer_steps.keys())
+        faults = [f"{name}: has either {key} or a step count, not both" for name in lonely]
+        shapes = {name: self.weights[name].shape for name in named if name in self.weights}
+        faults += [
+            f"{name}: {key} has shape {list(named[name].shape)}, the weight {list(shape)}"
+            for name, shape in shapes.items()
+            if named[name].shape != shape
+        ]
+        return faults

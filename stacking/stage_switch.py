@@ -18,9 +18,9 @@ from stacking.config import BertConfig, Recipe
 from stacking.dataset import MaskedLMBatch
 from stacking.engine import TrainEngine
 from stacking.errors import GrowthError
-from stacking.growth import grow_weights, promised_tolerance
 from stacking.modeling import BertForPreTraining
 from stacking.snapshot import Snapshot
+from stacking.stage_growth import LearningBatches, StageGrowth
 
 
 @dataclass
@@ -32,12 +32,18 @@ class SwitchReport:
     from_num_hidden_layers: int
     to_num_hidden_layers: int
     operator: str
+    """All operators in their order, as in "ffn tile + depth stack"."""
+    moments: str = "reset"
+    changes: dict[str, tuple[object, object]] = field(default_factory=dict)
+    """Fields of the model that differ: before and after."""
     loss_before: float = float("nan")
     loss_after: float = float("nan")
     max_logit_difference: float = float("nan")
     relative_logit_difference: float = float("nan")
     promised_tolerance: float | None = None
     """On the relative difference; None: the operator may change the function."""
+    duplicate_similarity: dict[str, float] = field(default_factory=dict)
+    """Mean cosine between copies of duplicated units, right after growth."""
     warning: str = ""
     seconds: float = 0.0
     seconds_by_part: dict[str, float] = field(default_factory=dict)
@@ -46,6 +52,12 @@ class SwitchReport:
     def row(self) -> dict[str, object]:
         """As written to metrics.jsonl."""
         return asdict(self)
+
+    @property
+    def summary(self) -> str:
+        """What grew, as in "num_hidden_layers 3 -> 6"."""
+        parts = [f"{name} {old} -> {new}" for name, (old, new) in self.changes.items()]
+        return ", ".join(parts) or "the same model"
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -57,65 +69,68 @@ class SwitchReport:
         self.seconds += seconds
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A fixed batch on which the model is measured before and after, and where to compute it.
+
+    Attributes:
+        batch: sequences that both models take.
+        device: this rank's, free between the two engines.
+        learning_batches: for a growth whose map is learned.
+    """
+
+    batch: MaskedLMBatch
+    device: torch.device
+    learning_batches: LearningBatches | None = None
+
+
 def switch_stage(
     recipe: Recipe,
     to_stage: int,
     take: Callable[[SwitchReport], Snapshot],
     build: Callable[[Snapshot], TrainEngine],
-    probe: tuple[MaskedLMBatch, torch.device] | None,
+    probe: Probe,
 ) -> tuple[TrainEngine, SwitchReport]:
     """Grow the model of stage `to_stage - 1` into that of `to_stage`. Collective.
 
-    `take` saves and tears down what runs, or reads the checkpoint, and hands over the old weights,
-    timing its parts; `build` makes the new stage's engine. `probe`: a fixed batch and the device
-    to compute it on, free between the two engines. The new engine's Adam moments are fresh and its
-    learning rate goes on (Gong et al. 2019, section 4.1): it is a function of the global step.
+    `take` saves and tears down what runs, or reads the checkpoint, and hands over the old state,
+    timing its parts; `build` makes the new stage's engine. The learning rate goes on (Gong et al.
+    2019, section 4.1): it is a function of the global step.
     """
-    source, target = recipe.stage_model(to_stage - 1), recipe.stage_model(to_stage)
+    growth = StageGrowth(recipe, to_stage)
     report = SwitchReport(
         from_stage=to_stage - 1,
         to_stage=to_stage,
-        from_num_hidden_layers=source.num_hidden_layers,
-        to_num_hidden_layers=target.num_hidden_layers,
-        operator=recipe.stages[to_stage].depth,
-        promised_tolerance=promised_tolerance(source, target, depth=recipe.stages[to_stage].depth),
+        from_num_hidden_layers=growth.source.num_hidden_layers,
+        to_num_hidden_layers=growth.target.num_hidden_layers,
+        operator=growth.name,
+        moments=growth.stage.moments,
+        changes=growth.changes,
+        promised_tolerance=growth.tolerance,
     )
     old = take(report)
     with report.timed("grow"):
-        grown = grow_for_stage(recipe, to_stage, old.weights)
+        grown = growth.apply(old, probe.learning_batches, probe.device)
+        report.duplicate_similarity = growth.similarity(grown.weights)
     with report.timed("probe"):
-        if probe is not None:
-            measured = (source, old.weights), (target, grown)
-            distributed.on_main(lambda: _measure(report, *measured, probe))
-            distributed.on_main(lambda: _judge(report, recipe.stages[to_stage].broken_promise))
+        models = (growth.source, old.weights), (growth.target, grown.weights)
+        distributed.on_main(lambda: _measure(report, *models, probe))
+        distributed.on_main(lambda: _judge(report, growth.stage.broken_promise))
     with report.timed("build"):
-        # Fresh moments; the loss scale goes on, or fp16 would skip the stage's first steps.
-        engine = build(Snapshot(grown, loss_scale=old.loss_scale))
+        engine = build(grown)
     report.rss_bytes = psutil.Process().memory_info().rss
     return engine, report
-
-
-def grow_for_stage(recipe: Recipe, stage: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of `stage` out of those of the stage before; pure, the same on all ranks."""
-    return grow_weights(
-        weights,
-        recipe.stage_model(stage - 1),
-        recipe.stage_model(stage),
-        depth=recipe.stages[stage].depth,
-        seed=recipe.seed + stage,
-    )
 
 
 def _measure(
     report: SwitchReport,
     before: tuple[BertConfig, dict[str, Tensor]],
     after: tuple[BertConfig, dict[str, Tensor]],
-    probe: tuple[MaskedLMBatch, torch.device],
+    probe: Probe,
 ) -> None:
     """Loss and logits of both models in fp32, dropout off, on the same masked sequences."""
-    batch, device = probe
-    loss_before, logits_before = _probe_model(*before, batch, device)
-    loss_after, logits_after = _probe_model(*after, batch, device)
+    loss_before, logits_before = _probe_model(*before, probe.batch, probe.device)
+    loss_after, logits_after = _probe_model(*after, probe.batch, probe.device)
     report.loss_before, report.loss_after = loss_before, loss_after
     report.max_logit_difference = float((logits_after - logits_before).abs().max())
     report.relative_logit_difference = report.max_logit_difference / float(
@@ -130,8 +145,8 @@ def _judge(report: SwitchReport, broken_promise: str) -> None:
     if tolerance is None or report.relative_logit_difference <= tolerance:
         return
     report.warning = (
-        f"growth by {report.operator!r} from {report.from_num_hidden_layers} to "
-        f"{report.to_num_hidden_layers} layers promises to keep the function to {tolerance:.0e}, "
+        f"growth by {report.operator!r} ({report.summary}) promises to keep the function to "
+        f"{tolerance:.0e}, "
         f"but the logits moved by {report.relative_logit_difference:.1e} of the largest"
     )
     if broken_promise == "refuse":

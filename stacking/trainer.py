@@ -6,9 +6,8 @@ TRAIN a stage -> SAVE its end -> SWITCH to the next -> TRAIN ... -> DONE.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,14 +15,7 @@ import torch
 from stacking import distributed, engine, metrics
 from stacking.checkpoint import Checkpoint, CheckpointManager, TrainState
 from stacking.config import Recipe
-from stacking.dataset import (
-    MaskedLMBatch,
-    PretrainingLoader,
-    check_compatible,
-    load_token_counts,
-    open_shards,
-    validation_batches,
-)
+from stacking.dataset import PretrainingLoader
 from stacking.deepspeed_config import (
     Accelerator,
     DeepSpeedConfig,
@@ -31,17 +23,18 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
-from stacking.errors import CheckpointError, ShardError
+from stacking.errors import CheckpointError, ConfigError
+from stacking.growth.plan import recipe_faults
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
+from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
-from stacking.schedule import learning_rate, stage_start
+from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
+from stacking.stage_growth import StageGrowth
 from stacking.stage_switch import SwitchReport, switch_stage
 from stacking.stopping import StopRequest
-
-PROBE_SEQUENCES = 8
 
 
 class Outcome(Enum):
@@ -64,7 +57,12 @@ class Trainer:
         resume: str = "auto",
         strict_precision: bool = False,
     ) -> None:
-        """Only take notes: everything is checked in fit(), where all ranks hear of a fault."""
+        """Refuse a growth that is not possible (ConfigError), the same on all ranks.
+
+        All else is checked in fit(), where all ranks hear of a fault that one of them finds.
+        """
+        if faults := recipe_faults(recipe):
+            raise ConfigError(faults)
         self.recipe = recipe
         self.folder = RunFolder(run_dir)
         self._deepspeed_config = deepspeed_config
@@ -106,10 +104,7 @@ class Trainer:
 
     def _prepare(self, accelerator: Accelerator) -> None:
         """Check data and engine settings; reads only."""
-        self._training = open_shards(self._data_dir, "training")
-        self._validation = open_shards(self._data_dir, "validation")
-        for shards in (self._training, self._validation):
-            check_compatible(shards, self.recipe.model, self.recipe.data)
+        self._data = RunData(self.recipe, self._data_dir)
         resolved = resolve_stages(
             self._deepspeed_config,
             self.recipe,
@@ -168,11 +163,10 @@ class Trainer:
             global_step=0,
             stage=0,
             num_hidden_layers=recipe.stages[0].num_hidden_layers,
-            optimizer_steps=0,
             loader={},
             recipe_sha256=recipe_sha256(recipe),
         )
-        self._log.run_start(self._unigram_loss())
+        self._log.run_start(self._data.unigram_loss())
         model = BertForPreTraining(recipe.stage_model(0))
         init_weights(model, torch.Generator().manual_seed(recipe.seed))
         weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
@@ -192,18 +186,10 @@ class Trainer:
         stage = self._state.stage
         resolved = self._resolved[stage]
         config = self.recipe.stage_model(stage)
-        self._engine = TrainEngine(config, self.recipe.optimizer, resolved, snapshot)
+        freeze = self.recipe.stages[stage].freeze
+        self._engine = TrainEngine(config, self.recipe.optimizer, resolved, snapshot, freeze)
         self._engine.restore_counters(self._state.global_step, self.recipe.global_batch_size)
-        self._loader = PretrainingLoader(
-            self._training,
-            self.recipe.data,
-            seed=self.recipe.seed,
-            global_batch_size=self.recipe.global_batch_size,
-            model_vocab_size=config.vocab_size,
-            micro_batch_size=resolved.micro_batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
+        self._loader = self._data.loader(stage, resolved.micro_batch_size)
         if self._state.loader:
             self._loader.load_state_dict(self._state.loader)
         return self._engine
@@ -254,10 +240,13 @@ class Trainer:
         sequences = sum(len(batch.input_ids) for batch in batches)
         wish = [masked, sequences, float(self._stop.is_requested)]
         counts = distributed.sum_over_ranks(torch.tensor(wish, device=device))
-        rate = learning_rate(step, self.recipe.learning_rate, self.recipe.total_steps)
-        seed = self.recipe.seed + step
+        rate, new_rate = stage_rates(self.recipe, step)
         totals = self._engine.train_step(
-            batches, learning_rate=rate, counts=counts[:2].clamp(min=1), seed=seed
+            batches,
+            learning_rate=rate,
+            new_learning_rate=new_rate,
+            counts=counts[:2].clamp(min=1),
+            seed=self.recipe.seed + step,
         )
         window.add(totals, batches, waited)
         chained = hashlib.sha256((self._state.sample_hash + digest).encode()).hexdigest()[:16]
@@ -278,24 +267,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self._engine is not None
-        batches = self._validation_batches(distributed.rank(), distributed.world_size())
-        totals = self._engine.evaluate(batches).tolist()
+        totals = self._engine.evaluate(self._data.validation(self._state.stage)).tolist()
         self._log.evaluation(self._engine, self._state, totals, self._elapsed())
-
-    def _validation_batches(
-        self, rank: int, world_size: int, batch_size: int | None = None
-    ) -> Iterator[MaskedLMBatch]:
-        evaluation = self.recipe.evaluation
-        return validation_batches(
-            self._validation,
-            self.recipe.data,
-            seed=self.recipe.seed,
-            max_sequences=evaluation.max_sequences,
-            batch_size=batch_size or evaluation.batch_size,
-            model_vocab_size=self.recipe.model.vocab_size,
-            rank=rank,
-            world_size=world_size,
-        )
 
     # -- saving and switching ------------------------------------------------------------------
 
@@ -303,11 +276,7 @@ class Trainer:
         """Commit the current state under `tag`; all ranks learn whether it worked. Collective."""
         assert self._engine is not None
         snapshot = self._engine.snapshot()
-        self._update(
-            optimizer_steps=snapshot.optimizer_steps,
-            loss_scale=snapshot.loss_scale,
-            elapsed_seconds=self._elapsed(),
-        )
+        self._update(elapsed_seconds=self._elapsed())
         self._session_began = time.perf_counter()
         fault = ""
         if distributed.is_main():
@@ -317,7 +286,16 @@ class Trainer:
                 fault = str(error)
         if not distributed.all_ranks_agree(not fault, self._engine.device):
             raise CheckpointError(fault or "the main rank could not write a checkpoint")
+        self._measure_symmetry(snapshot)
         return snapshot
+
+    def _measure_symmetry(self, snapshot: Snapshot) -> None:
+        """Log how alike the copies are that the growth into this stage made of units."""
+        stage, steps = self._state.stage, self._state.global_step
+        steps -= stage_start(stage, self.recipe.stages)
+        if distributed.is_main() and stage and steps:
+            similarity = StageGrowth(self.recipe, stage).similarity(snapshot.weights)
+            self._log.symmetry(self._state, steps, similarity)
 
     def _leave_stage(self, report: SwitchReport) -> Snapshot:
         """Save the stage's end and tear its engine down."""
@@ -335,15 +313,14 @@ class Trainer:
         """Grow into the next stage; `take` hands over the old stage's weights."""
         began = time.perf_counter()
         to_stage = self._state.stage + 1
-        device = engine.current_device()
-        probe = next(islice(self._validation_batches(0, 1, PROBE_SEQUENCES), 1))
+        probe = self._data.probe(to_stage, engine.current_device())
 
         def build(snapshot: Snapshot) -> TrainEngine:
             layers = self.recipe.stages[to_stage].num_hidden_layers
-            self._update(stage=to_stage, num_hidden_layers=layers, optimizer_steps=0)
+            self._update(stage=to_stage, num_hidden_layers=layers)
             return self._build(snapshot)
 
-        _, report = switch_stage(self.recipe, to_stage, take, build, (probe, device))
+        _, report = switch_stage(self.recipe, to_stage, take, build, probe)
         report.seconds = time.perf_counter() - began
         # Before the tag: a kill between the two repeats the row, the other order would lose it.
         self._log.stage_switch(self._state, report)
@@ -356,16 +333,3 @@ class Trainer:
 
     def _elapsed(self) -> float:
         return self._state.elapsed_seconds + time.perf_counter() - self._session_began
-
-    def _unigram_loss(self) -> float | None:
-        """Validation MLM loss of predicting training frequencies; known on the main rank."""
-        counts = load_token_counts(self._data_dir)
-        if counts is None or not distributed.is_main():
-            return None
-        manifest = self._training.manifest
-        if manifest is not None and len(counts) != manifest.vocab_size:
-            raise ShardError(
-                f"{self._data_dir}/token_counts.npy: counts {len(counts)} pieces, the manifest's "
-                f"vocabulary has {manifest.vocab_size}; prepare the data again, or delete the file"
-            )
-        return metrics.unigram_loss(self._validation_batches(0, 1), counts)

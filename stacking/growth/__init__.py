@@ -1,5 +1,23 @@
 """Growth operators: pure functions from weights at one size to weights at another."""
 
-from stacking.growth.plan import grow, grow_weights, promised_tolerance
+from stacking.growth.plan import (
+    GrowthPlan,
+    Operators,
+    grow,
+    grow_weights,
+    growth_faults,
+    plan_growth,
+    promised_tolerance,
+    recipe_faults,
+)
 
-__all__ = ["grow", "grow_weights", "promised_tolerance"]
+__all__ = [
+    "GrowthPlan",
+    "Operators",
+    "grow",
+    "grow_weights",
+    "growth_faults",
+    "plan_growth",
+    "promised_tolerance",
+    "recipe_faults",
+]

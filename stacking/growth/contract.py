@@ -7,6 +7,7 @@ were duplicated come apart in training; the tests hold it to that.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -16,8 +17,9 @@ from stacking.config import BertConfig
 from stacking.errors import GrowthError
 from stacking.modeling import BertForPreTraining
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
-"""What the tensors are: weights, or Adam's first or second moments of them."""
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "is_old"]
+"""What the tensors are: weights, Adam's first or second moments of them, or flags: 1 at a number
+that has a history, else 0."""
 
 LayerNormKind = Literal["post", "pre"]
 
@@ -26,6 +28,7 @@ TOLERANCE: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5
 
 # What differs here changes neither a tensor nor the function in eval mode.
 _TRAINING_ONLY = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}
+_INNER = {"intermediate_size", "layer_intermediate_sizes"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class GrowthOperator(Protocol):
         """What is promised when a model of this form grows."""
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
-        """Why `source` cannot grow into `target`; empty: it can."""
+        """Why `source` cannot grow into `target`, by field; empty: it can."""
+
+    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
+        """Whether weights need `fresh`."""
 
     def grow(
         self,
@@ -80,7 +86,8 @@ class GrowthOperator(Protocol):
             target: the model to be filled.
             kind: weights, or Adam's moments of them: the same index map, with the factors of the
                 gradient (exp_avg) or their squares (exp_avg_sq); fresh parts get zeros and no
-                moment gets noise.
+                moment gets noise. Or flags (is_old): the first copy of a number keeps its flag,
+                further copies and fresh numbers get 0.
             fresh: a freshly initialised target's weights; may be None for moments.
             generator: the source of noise; may be None where the operator draws none.
 
@@ -90,22 +97,41 @@ class GrowthOperator(Protocol):
         """
 
 
-def fixed_faults(source: BertConfig, target: BertConfig, may_grow: Collection[str]) -> list[str]:
-    """A fault for each field outside `may_grow` in which two models differ as functions."""
+def fixed_faults(
+    source: BertConfig,
+    target: BertConfig,
+    may_change: Collection[str],
+    because: str = "this operator does not change it",
+) -> list[str]:
+    """A fault for each field outside `may_change` in which two models differ as functions."""
+    free = _TRAINING_ONLY | set(may_change)
+    if source.position == target.position != "learned":
+        free.add("max_position_embeddings")  # there is no table
+    if inner_sizes(source) == inner_sizes(target):
+        free |= _INNER
     ours, theirs = source.model_dump(), target.model_dump()
     return [
-        f"{key}: {ours[key]!r} cannot become {theirs[key]!r}; this operator grows only "
-        + " and ".join(sorted(may_grow))
+        f"{key}: got {theirs[key]!r} after {ours[key]!r}; allowed: {ours[key]!r}, because {because}"
         for key in ours
-        if ours[key] != theirs[key] and key not in may_grow and key not in _TRAINING_ONLY
+        if ours[key] != theirs[key] and key not in free
     ]
+
+
+def inner_sizes(config: BertConfig) -> list[int]:
+    """Inner width of each layer."""
+    return [config.inner_size(layer) for layer in range(config.num_hidden_layers)]
 
 
 def parameter_shapes(config: BertConfig) -> dict[str, torch.Size]:
     """Names and shapes of a model's parameters, in its order; allocates nothing."""
+    return dict(_shapes(config))
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: BertConfig) -> tuple[tuple[str, torch.Size], ...]:
     with torch.device("meta"):
         model = BertForPreTraining(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    return tuple((name, parameter.shape) for name, parameter in model.named_parameters())
 
 
 def require_legal(name: str, faults: list[str]) -> None:

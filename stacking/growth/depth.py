@@ -24,7 +24,6 @@ from stacking.errors import GrowthError
 from stacking.growth.contract import (
     TOLERANCE,
     Contract,
-    GrowthOperator,
     Kind,
     LayerNormKind,
     fixed_faults,
@@ -51,6 +50,8 @@ _LAYER = re.compile(r"^encoder\.layers\.(\d+)\.(.+)$")
 _OUTPUT_PROJECTIONS = ("attention.output.weight", "feed_forward.output.weight")
 _LAST_NORM = "feed_forward_layer_norm"
 _NEIGHBOURS = ("interleave", "append_last")
+LAYER_FIELDS = ("intermediate_size", "layer_intermediate_sizes", "shared_attention_layers")
+"""What says how single layers look; a layer keeps its form where depth puts it."""
 
 _COPY_SOURCES: dict[CopyMap, str] = {
     "stack": "Gong et al. 2019, section 3, algorithm 1; any ratio: Gu et al. 2021, grow_bert's "
@@ -84,15 +85,24 @@ class CopyLayers:
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """Why `source` cannot grow into `target`; empty: it can."""
-        return fixed_faults(source, target, {"num_hidden_layers"}) + _layer_faults(
-            self.name, source.num_hidden_layers, target.num_hidden_layers
-        )
+        return _faults(self, source, target)
+
+    def map_faults(self, old: int, new: int) -> list[str]:
+        """Why `old` layers cannot become `new`."""
+        return _layer_faults(self.name, old, new)
+
+    def layers(self, old: int, new: int) -> list[int | None]:
+        """For each of `new` layers the old one that it copies."""
+        return layer_sources(self.name, old, new)
 
     def origins(self, source: BertConfig, target: BertConfig) -> dict[str, str | None]:
         """For each tensor of `target` the tensor of `source` that fills it."""
         require_legal(self.name, self.check(source, target))
-        layers = layer_sources(self.name, source.num_hidden_layers, target.num_hidden_layers)
-        return _origins(target, layers)
+        return _origins(target, self.layers(source.num_hidden_layers, target.num_hidden_layers))
+
+    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
+        """Every layer is a copy."""
+        return False
 
     def grow(
         self,
@@ -107,7 +117,14 @@ class CopyLayers:
         """Copies of the old layers' tensors, of whatever kind; see GrowthOperator.grow."""
         origins = self.origins(source, target)
         require_tensors(tensors, source, "the model to grow")
-        return {name: _copy(tensors[str(origin)]) for name, origin in origins.items()}
+        grown: dict[str, Tensor] = {}
+        seen = set()
+        for name, origin in origins.items():
+            tensor = tensors[str(origin)]
+            is_further = kind == "is_old" and origin in seen
+            grown[name] = _zeros(tensor.shape, tensor) if is_further else _copy(tensor)
+            seen.add(origin)
+        return grown
 
 
 @dataclass(frozen=True)
@@ -137,9 +154,11 @@ class NewLayers:
         """Exact in pre-LN with zero output projections; in post-LN as far as the class says.
 
         Without affine LayerNorms, post-LN has nothing to move: `identity` is then exact as well.
+        Spread layers come between a layer that shares attention and the one that it shares with.
         """
         kinds: set[LayerNormKind] = set()
-        if self.name != "random" and self.sigma == 0:
+        separates = self.placement == "spread" and bool(config.shared_attention_layers)
+        if self.name != "random" and self.sigma == 0 and not separates:
             kinds.add("pre")
             if self.name == "identity_exact" or not config.layer_norm_affine:
                 kinds.add("post")
@@ -155,14 +174,30 @@ class NewLayers:
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """Why `source` cannot grow into `target`; empty: it can."""
-        return fixed_faults(source, target, {"num_hidden_layers"}) + _shrinking_faults(
-            source.num_hidden_layers, target.num_hidden_layers
-        )
+        return _faults(self, source, target)
+
+    def map_faults(self, old: int, new: int) -> list[str]:
+        """Why `old` layers cannot become `new`."""
+        return _shrinking_faults(old, new)
+
+    def layers(self, old: int, new: int) -> list[int | None]:
+        """For each of `new` layers the old one that it is; None: a new one."""
+        if self.placement == "top":
+            return layer_sources("random", old, new)
+        # After layer i come as many new ones as bring the total to (i + 1) / old of all.
+        layers: list[int | None] = []
+        for layer in range(old):
+            layers += [layer] + [None] * ((layer + 1) * new // old - len(layers) - 1)
+        return layers
+
+    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
+        """Where there are new layers."""
+        return target.num_hidden_layers > source.num_hidden_layers
 
     def origins(self, source: BertConfig, target: BertConfig) -> dict[str, str | None]:
         """For each tensor of `target` the tensor of `source` that fills it; None: it is new."""
         require_legal(self.name, self.check(source, target))
-        layers = self._layers(source, target)
+        layers = self.layers(source.num_hidden_layers, target.num_hidden_layers)
         origins = _origins(target, layers)
         if not self._moves_norms(target):
             return origins
@@ -191,14 +226,13 @@ class NewLayers:
         require_tensors(tensors, source, "the model to grow")
         if kind == "weight" and fresh is not None:
             require_tensors(fresh, target, "the fresh model")
-        grown = {}
+        grown, shapes = {}, parameter_shapes(target)
+        like = next(iter(tensors.values()))
         for name, origin in origins.items():
             if origin is not None:
                 grown[name] = _copy(tensors[origin])
-                continue
-            like = tensors[_LAYER.sub(r"encoder.layers.0.\2", name)]
-            if kind != "weight":
-                grown[name] = torch.zeros_like(like, requires_grad=False)
+            elif kind != "weight":
+                grown[name] = _zeros(shapes[name], like)
             elif fresh is None:
                 raise GrowthError(f"{self.name} needs a freshly initialised model to fill {name!r}")
             else:
@@ -221,22 +255,13 @@ class NewLayers:
             return torch.ones_like(fresh)
         return fresh.detach()
 
-    def _layers(self, source: BertConfig, target: BertConfig) -> list[int | None]:
-        old, new = source.num_hidden_layers, target.num_hidden_layers
-        if self.placement == "top":
-            return layer_sources("random", old, new)
-        # After layer i come as many new ones as bring the total to (i + 1) / old of all.
-        layers: list[int | None] = []
-        for layer in range(old):
-            layers += [layer] + [None] * ((layer + 1) * new // old - len(layers) - 1)
-        return layers
-
     def _moves_norms(self, target: BertConfig) -> bool:
         is_post = target.layer_norm == "post"
         return self.name == "identity_exact" and is_post and target.layer_norm_affine
 
 
-DEPTH_OPERATORS: dict[str, GrowthOperator] = {
+DepthGrowth = CopyLayers | NewLayers
+DEPTH_OPERATORS: dict[str, DepthGrowth] = {
     **{name: CopyLayers(name) for name in get_args(CopyMap)},
     "random": NewLayers("random"),
     "identity": NewLayers("identity"),
@@ -269,26 +294,60 @@ def layer_sources(operator: DepthOperator, old: int, new: int) -> list[int | Non
     return [layer if layer < old else None for layer in range(new)]
 
 
+def form_faults(
+    name: str, layers: list[int | None], source: BertConfig, target: BertConfig
+) -> list[str]:
+    """Layers of `target` whose form is not that of the layer of `source` that they copy."""
+    faults = []
+    field = "layer_intermediate_sizes" if target.layer_intermediate_sizes else "intermediate_size"
+    for new, old in enumerate(layers):
+        if old is None:
+            continue
+        width, wanted = target.inner_size(new), source.inner_size(old)
+        if width != wanted:
+            faults.append(
+                f"{field}: got {width} in layer {new}, which depth {name!r} fills with layer "
+                f"{old} of width {wanted}; allowed: one width for all copies of a layer; give "
+                "layer_intermediate_sizes that agree, or change them at another stage"
+            )
+        if (new in target.shared_attention_layers) != (old in source.shared_attention_layers):
+            has, copied = (
+                "shares attention" if layer in config.shared_attention_layers else "has its own"
+                for layer, config in ((new, target), (old, source))
+            )
+            faults.append(
+                f"shared_attention_layers: layer {new} {has}, but layer {old}, which depth "
+                f"{name!r} puts there, {copied}; allowed: the same for all copies of a layer; "
+                "give shared_attention_layers that agree, or change them at another stage"
+            )
+    return faults
+
+
+def _faults(operator: DepthGrowth, source: BertConfig, target: BertConfig) -> list[str]:
+    """Fields that no depth operator changes, a layer map that there is not, forms that differ."""
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    faults = fixed_faults(source, target, {"num_hidden_layers", *LAYER_FIELDS})
+    if map_faults := operator.map_faults(old, new):
+        return faults + map_faults
+    return faults + form_faults(operator.name, operator.layers(old, new), source, target)
+
+
 def _layer_faults(operator: DepthOperator, old: int, new: int) -> list[str]:
     if operator not in get_args(DepthOperator):
         allowed = ", ".join(get_args(DepthOperator))
-        return [f"{operator!r} is no layer map; allowed: {allowed}"]
+        return [f"depth: {operator!r} is no layer map; allowed: {allowed}"]
     if faults := _shrinking_faults(old, new):
         return faults
+    got = f"depth: got {operator!r} from {old} to {new} layers; allowed:"
     if operator == "interleave" and new % old:
         return [
-            f"interleave repeats each layer equally often: {old} layers cannot become {new}; "
-            f"give a multiple of {old} or use depth 'stack'"
+            f"{got} a multiple of {old}, because it repeats each layer equally often; "
+            "or give depth 'stack'"
         ]
-    if operator == "copy_top" and new > 2 * old:
+    if operator in ("copy_top", "middle") and new > 2 * old:
         return [
-            f"copy_top copies the top {new - old} layers, but there are only {old}; "
-            f"grow to at most {2 * old} layers or use depth 'stack'"
-        ]
-    if operator == "middle" and new > 2 * old:
-        return [
-            f"middle copies a block of {new - old} layers, but there are only {old}; "
-            f"grow to at most {2 * old} layers or use depth 'stack'"
+            f"{got} at most {2 * old} layers, because it copies a block of {new - old} layers out "
+            f"of {old}; or give depth 'stack'"
         ]
     return []
 
@@ -296,7 +355,10 @@ def _layer_faults(operator: DepthOperator, old: int, new: int) -> list[str]:
 def _shrinking_faults(old: int, new: int) -> list[str]:
     if new >= old:
         return []
-    return [f"depth cannot shrink: from {old} to {new} layers was asked; give at least {old}"]
+    return [
+        f"num_hidden_layers: got {new} after {old}; allowed: at least {old}, because a model "
+        "cannot shrink"
+    ]
 
 
 def _middle_block_start(old: int, block: int) -> int:
@@ -332,3 +394,7 @@ def _hosts_and_tops(layers: list[int | None]) -> list[tuple[int, int]]:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _zeros(shape: torch.Size, like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -1,15 +1,156 @@
-"""Which operators turn one stage's model into the next, whether that is legal, and the act."""
+"""Growing one model into another: two configurations and names of operators in, a plan out.
+
+The plan says what it is, whether it keeps the function, and does it; the order of its moves:
+stacking/growth/moves.py.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stacking.config import BertConfig
+from stacking.config import BertConfig, DataConfig, Recipe, Stage
 from stacking.errors import GrowthError
-from stacking.growth.contract import GrowthOperator
-from stacking.growth.depth import DEPTH_OPERATORS
+from stacking.growth.contract import (
+    Kind,
+    fixed_faults,
+    parameter_shapes,
+    require_tensors,
+)
+from stacking.growth.depth import DEPTH_OPERATORS, LAYER_FIELDS, DepthGrowth
+from stacking.growth.learned import learned_faults
+from stacking.growth.moves import (
+    GROWABLE,
+    INNER_FIELDS,
+    LEARNED_FIELDS,
+    Move,
+    Operators,
+    at_old_depth,
+    moves_between,
+)
+from stacking.growth.width import WidthOperator, WidthPlan
 from stacking.modeling import BertForPreTraining, init_weights
+
+__all__ = [
+    "GrowthPlan",
+    "Move",
+    "Operators",
+    "before_learning",
+    "grow",
+    "grow_weights",
+    "growth_faults",
+    "plan_growth",
+    "promised_tolerance",
+    "recipe_faults",
+]
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """A legal growth: build it with `plan_growth`."""
+
+    source: BertConfig
+    target: BertConfig
+    moves: tuple[Move, ...]
+
+    @property
+    def name(self) -> str:
+        """As in "hidden duplicate + ffn tile + depth stack"; "nothing" when nothing grows."""
+        return " + ".join(move.name for move in self.moves) or "nothing"
+
+    def tolerance(self, dtype: torch.dtype = torch.float32) -> float | None:
+        """Bound on max |logit difference| / max |logit| in eval mode, on inputs `source` takes.
+
+        The sum over the moves; 0.0 when nothing grows, None when the function may change.
+        """
+        bounds = [move.tolerance(dtype) for move in self.moves]
+        known = [bound for bound in bounds if bound is not None]
+        return sum(known) if len(known) == len(bounds) else None
+
+    def grow(
+        self, tensors: Mapping[str, Tensor], *, kind: Kind = "weight", seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Tensors of `source` turned into tensors of `target`; the input is untouched.
+
+        Deterministic in the arguments, hence the same on every rank. Raises GrowthError where
+        `tensors` are not those of `source`.
+        """
+        require_tensors(tensors, self.source, "the model to grow")
+        generator = torch.Generator().manual_seed(seed)
+        grown = dict(tensors)
+        for move in self.moves:
+            operator, sizes = move.operator, (move.source, move.target)
+            needs_fresh = kind == "weight" and operator.draws_fresh(*sizes)
+            fresh = _fresh_weights(move.target, generator) if needs_fresh else None
+            grown = operator.grow(grown, *sizes, kind=kind, fresh=fresh, generator=generator)
+        if not self.moves:
+            grown = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return {name: grown[name] for name in parameter_shapes(self.target)}
+
+    def width_plans(self) -> tuple[WidthPlan, ...]:
+        """For `duplicate_similarity` on the grown model: one plan for each move in width."""
+        plans = [
+            move.operator.plan(move.source, move.target)
+            for move in self.moves
+            if isinstance(move.operator, WidthOperator)
+        ]
+        last = self.moves[-1].operator if self.moves else None
+        if not isinstance(last, DepthGrowth):
+            return tuple(plans)
+        layers = last.layers(self.source.num_hidden_layers, self.target.num_hidden_layers)
+        return tuple(_deepened(plan, layers) for plan in plans)
+
+
+def plan_growth(
+    source: BertConfig, target: BertConfig, operators: Operators | None = None
+) -> GrowthPlan:
+    """The moves from `source` to `target`. GrowthError lists every fault."""
+    operators = operators or Operators()
+    if faults := growth_faults(source, target, operators):
+        raise GrowthError("this growth is impossible: " + "; ".join(faults))
+    return GrowthPlan(source, target, tuple(moves_between(source, target, operators)))
+
+
+def growth_faults(
+    source: BertConfig, target: BertConfig, operators: Operators | None = None
+) -> list[str]:
+    """Why `source` cannot grow into `target`; each line starts with the field that is wrong."""
+    operators = operators or Operators()
+    if faults := operators.faults():
+        return faults
+    faults = fixed_faults(source, target, GROWABLE, "no operator changes it")
+    old, new = source.num_hidden_layers, target.num_hidden_layers
+    if map_faults := DEPTH_OPERATORS[operators.depth].map_faults(old, new):
+        # What becomes of single layers is unknown; the other dimensions are checked all the same.
+        kept = {name: getattr(source, name) for name in LAYER_FIELDS}
+        if not target.layer_intermediate_sizes:
+            kept |= {name: getattr(target, name) for name in INNER_FIELDS}
+        target = target.model_copy(update={"num_hidden_layers": old, **kept})
+        faults += map_faults
+    for move in moves_between(source, target, operators):
+        faults += move.operator.check(move.source, move.target)
+    return list(dict.fromkeys(faults))
+
+
+def recipe_faults(recipe: Recipe) -> list[str]:
+    """Every illegal growth of a recipe, as "stages.2.depth: got ..."; no engine, no weights."""
+    faults = []
+    for index, stage in enumerate(recipe.stages):
+        found = _pooling_faults(recipe.stage_model(index), recipe.stage_data(index))
+        found += _entry_faults(recipe, index) if index else _first_stage_faults(stage)
+        faults += [f"stages.{index}.{fault}" for fault in found]
+    return faults
+
+
+def before_learning(source: BertConfig, target: BertConfig) -> BertConfig:
+    """`target` without what a learned map then grows: what operators grow `source` into first."""
+    kept = {name: getattr(source, name) for name in LEARNED_FIELDS}
+    shared = source.shared_attention_layers
+    if target.num_hidden_layers >= source.num_hidden_layers:  # else there is no such growth
+        stack = DEPTH_OPERATORS["stack"]  # as the map starts
+        shared = at_old_depth(target, stack, source.num_hidden_layers).shared_attention_layers
+    return target.model_copy(update={**kept, "shared_attention_layers": shared})
 
 
 def grow_weights(
@@ -17,41 +158,109 @@ def grow_weights(
     source: BertConfig,
     target: BertConfig,
     *,
-    depth: str = "stack",
+    operators: Operators | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Weights (fp32, CPU) of `source` turned into weights of `target`; the input is untouched.
-
-    Deterministic in (weights, source, target, depth, seed), hence the same on every rank.
-    Raises GrowthError where the sizes differ in more than depth or the operator does not fit.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = BertForPreTraining(target)
-    init_weights(model, generator)
-    fresh = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
-    operator = _operator(depth)
-    return operator.grow(weights, source, target, fresh=fresh, generator=generator)
+    """Weights of `source` turned into weights of `target`: plan and act in one."""
+    return plan_growth(source, target, operators).grow(weights, seed=seed)
 
 
 def promised_tolerance(source: BertConfig, target: BertConfig, *, depth: str) -> float | None:
     """How far fp32 logits may move, relative to the largest; None: the function may change."""
-    contract = _operator(depth).contract(target)
-    if source.num_hidden_layers == target.num_hidden_layers:
-        return 0.0  # nothing grows, every tensor is copied
-    if target.layer_norm not in contract.preserves:
-        return None
-    return contract.tolerance[torch.float32]
+    return plan_growth(source, target, Operators(depth)).tolerance()
 
 
-def grow(model: BertForPreTraining, target: BertConfig, depth: str = "stack") -> BertForPreTraining:
+def grow(
+    model: BertForPreTraining,
+    target: BertConfig,
+    *,
+    depth: str = "stack",
+    ffn: str = "tile",
+    heads: str = "replicate",
+    hidden: str = "duplicate",
+    positions: str = "tile",
+    seed: int = 0,
+) -> BertForPreTraining:
     """A new model of size `target` grown from `model`, which stays as it is."""
+    operators = Operators(depth, ffn, hidden, heads, positions)
     weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     grown = BertForPreTraining(target)
-    grown.load_state_dict(grow_weights(weights, model.config, target, depth=depth))
+    weights = grow_weights(weights, model.config, target, operators=operators, seed=seed)
+    grown.load_state_dict(weights)
     return grown
 
 
-def _operator(depth: str) -> GrowthOperator:
-    if depth not in DEPTH_OPERATORS:
-        raise GrowthError(f"no depth operator {depth!r}; allowed: {', '.join(DEPTH_OPERATORS)}")
-    return DEPTH_OPERATORS[depth]
+def _pooling_faults(model: BertConfig, data: DataConfig) -> list[str]:
+    """A window as long as the sequence; one over all tokens but [CLS] is coarse, but a pool."""
+    if model.pooling == "none" or model.pooling_size < data.max_seq_length:
+        return []
+    return [
+        f"pooling_size: got {model.pooling_size} with sequences of {data.max_seq_length} tokens; "
+        f"allowed: 2 to {data.max_seq_length - 1}, because [CLS] stays outside the pool"
+    ]
+
+
+def _first_stage_faults(stage: Stage) -> list[str]:
+    """What asks for a model before the first."""
+    if stage.learned is None:
+        return []
+    return [
+        f"learned: got {stage.learned.steps} steps in the first stage, where nothing grows; "
+        "allowed: from the second stage on"
+    ]
+
+
+def _entry_faults(recipe: Recipe, index: int) -> list[str]:
+    """The growth on entry of stage `index` > 0, by the names of the stage's own fields."""
+    stage, operators = recipe.stages[index], Operators.of(recipe.stages[index])
+    source, target = recipe.stage_model(index - 1), recipe.stage_model(index)
+    if stage.learned:
+        middle = before_learning(source, target)
+        faults = growth_faults(source, middle, operators) or learned_faults(middle, target)
+        faults += _learned_stage_faults(stage)
+    else:
+        faults = growth_faults(source, target, operators)
+        if not faults and stage.rewarm and stage.rewarm.parameters == "new":
+            faults = _rewarm_faults(plan_growth(source, target, operators))
+    # A stage states no positions: they follow from its sequences.
+    return [fault.replace("max_position_embeddings:", "max_seq_length:", 1) for fault in faults]
+
+
+def _learned_stage_faults(stage: Stage) -> list[str]:
+    """What needs old numbers, of which a map that mixes all layers leaves none."""
+    faults = []
+    if stage.moments != "reset":
+        faults.append(
+            f"moments: got {stage.moments!r} with a learned map, which mixes all layers, so that "
+            "no number has a history; allowed: 'reset'"
+        )
+    if stage.rewarm and stage.rewarm.parameters == "new":
+        faults.append(
+            "rewarm.parameters: got 'new' with a learned map, after which all parameters are; "
+            "allowed: 'all'"
+        )
+    return faults
+
+
+def _rewarm_faults(plan: GrowthPlan) -> list[str]:
+    """Only depth and an untied decoder bring whole parameters; width makes old ones larger."""
+    if any(move.dimension in ("decoder", "depth") for move in plan.moves):
+        return []
+    return [
+        f"rewarm.parameters: got 'new' where no parameter is wholly new (growth: {plan.name}); "
+        "allowed: 'all', or a growth in depth or by an untied decoder"
+    ]
+
+
+def _fresh_weights(config: BertConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    model = BertForPreTraining(config)
+    init_weights(model, generator)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _deepened(plan: WidthPlan, layers: list[int | None]) -> WidthPlan:
+    """The same plan, its layers where depth has put them."""
+    origins = {new: old for new, old in enumerate(layers) if old is not None}
+    inner = {new: plan.inner[old] for new, old in origins.items() if old in plan.inner}
+    fresh = frozenset(range(len(layers))) - set(origins)
+    return replace(plan, inner=inner, new_layers=fresh)

@@ -18,7 +18,8 @@ at input j is the one at g(j). Hence
 and so exp_avg maps; exp_avg_sq maps with the squares. The tied word embedding is written once (the
 input) and read once (the decoder), so it has a factor of its own: e = sqrt(H / H') where embeddings
 are multiplied by sqrt(hidden_size), else 1. The affine of the MLM head's LayerNorm takes the rest,
-s_j / e (Shen et al. 2022, Staged Training, halve it as well). Their gradients: s_j / e and e.
+s_j / e (Shen et al. 2022, Staged Training, halve it as well). Their gradients: s_j / e and e. An
+untied decoder is an ordinary reader, and the LayerNorm before it an ordinary writer.
 
 Behind a LayerNorm the gradient map needs equal shares: LayerNorm's backward subtracts a mean over
 H', which gives each of k copies 1 / k of the old mean whatever its share is. With unequal shares,
@@ -29,7 +30,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -60,7 +61,7 @@ ALPHA = 2 / 3
 """Default share of the first of two copies: the 1:2 split that SPARKLING (arXiv 2602.02472) tests.
 """
 
-Group = Literal["hidden", "qkv", "context", "ffn"]
+Group = Literal["hidden", "pooled", "qkv", "context", "ffn"]
 Side = Literal["writes", "reads", "tied_embedding", "tied_norm"]
 
 
@@ -117,24 +118,39 @@ class WidthPlan:
     """One growth in width, without the weights.
 
     Attributes:
-        units: the groups that grow.
-        embedding_factor: e, on the tied word embedding.
+        units: the groups that grow, but for the inner units.
+        inner: the inner units of each layer where they grow.
+        embedding_factor: e, on the word embedding.
+        tied: whether the decoder is the word embedding.
         extra_from_next: whether further copies in layer l come from layer l + 1 (AKI).
         noise: standard deviation of the noise on readers over the root mean square of their
             weights; its sum over the copies of a unit is 0.
         heads: the group of attention heads where it grows; for `duplicate_similarity`.
+        new_layers: layers that were drawn afresh afterwards; they have no copies.
     """
 
-    units: Mapping[Group, Units]
+    units: Mapping[Group, Units] = field(default_factory=dict)
+    inner: Mapping[int, Units] = field(default_factory=dict)
     embedding_factor: float = 1.0
+    tied: bool = True
     extra_from_next: bool = False
     noise: float = 0.0
     heads: Units | None = None
+    new_layers: frozenset[int] = frozenset()
 
     @property
     def has_fresh_units(self) -> bool:
         """Whether some units copy nothing."""
-        return any(bool((units.source < 0).any()) for units in self.units.values())
+        groups = [*self.units.values(), *self.inner.values()]
+        return any(bool((units.source < 0).any()) for units in groups)
+
+    def of(self, name: str, role: Role | None) -> Units | None:
+        """The units of one axis of parameter `name`; None: the axis stays."""
+        if role is None:
+            return None
+        if role.group != "ffn":
+            return self.units.get(role.group)
+        return self.inner.get(layer_of(name))
 
 
 class WidthOperator(ABC):
@@ -153,6 +169,10 @@ class WidthOperator(ABC):
     @abstractmethod
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Which unit comes from where; `check` has found nothing."""
+
+    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
+        """Whether some units copy nothing."""
+        return self.plan(source, target).has_fresh_units
 
     def grow(
         self,
@@ -233,6 +253,11 @@ def short_name(name: str) -> str:
     return match[3] if (match := _LAYER.match(name)) else name
 
 
+def layer_of(name: str) -> int:
+    """The layer that a parameter belongs to; -1: none."""
+    return int(match[2]) if (match := _LAYER.match(name)) else -1
+
+
 def roles_of(name: str) -> tuple[Role | None, ...]:
     """What each axis of a parameter does; None: an axis that no width changes."""
     return _ROLES[short_name(name)]
@@ -249,8 +274,12 @@ _ROLES: Mapping[str, tuple[Role | None, ...]] = {
     "embeddings.token_type_embeddings.weight": (None, _WRITES),
     "embeddings.layer_norm.weight": _VECTOR,
     "embeddings.layer_norm.bias": _VECTOR,
+    "embeddings.pooling.weight": (_WRITES, Role("pooled", "reads")),
+    "embeddings.pooling.bias": _VECTOR,
     "attention.qkv.weight": (Role("qkv", "writes"), _READS),
     "attention.qkv.bias": (Role("qkv", "writes"),),
+    "attention.value.weight": (Role("context", "writes"), _READS),
+    "attention.value.bias": (Role("context", "writes"),),
     "attention.output.weight": (_WRITES, Role("context", "reads")),
     "attention.output.bias": _VECTOR,
     "attention_layer_norm.weight": _VECTOR,
@@ -267,6 +296,7 @@ _ROLES: Mapping[str, tuple[Role | None, ...]] = {
     "mlm_head.dense.bias": _VECTOR,
     "mlm_head.layer_norm.weight": _TIED_NORM,
     "mlm_head.layer_norm.bias": _TIED_NORM,
+    "mlm_head.decoder.weight": (None, _READS),
     "mlm_head.bias": (None,),
     "nsp_head.pooler.weight": (_WRITES, _READS),
     "nsp_head.pooler.bias": _VECTOR,
@@ -279,35 +309,42 @@ def _widen(tensors: Mapping[str, Tensor], name: str, plan: WidthPlan, kind: Kind
     """One parameter with all its axes mapped; a new tensor."""
     tensor = _expanded(tensors[name], name, plan, kind)
     match = _LAYER.match(name)
-    if not (plan.extra_from_next and match) or "layer_norm" in name:
+    if not (plan.extra_from_next and match) or "layer_norm" in name or kind == "is_old":
         return tensor
     following = f"{match[1]}{int(match[2]) + 1}.{match[3]}"
-    written = roles_of(name)[0]
-    if following not in tensors or written is None or written.group not in plan.units:
+    written = plan.of(name, roles_of(name)[0])
+    if following not in tensors or written is None:
         return tensor
-    # AKI (Chen et al. 2022): the further units of layer l are those of layer l + 1;
-    # the last layer has no next one and repeats its own.
-    is_extra = plan.units[written.group].copy > 0
+    if tensors[following].shape != tensors[name].shape:
+        return tensor
+    # AKI (Chen et al. 2022): the further units of layer l are those of layer l + 1; the last layer
+    # has no next one, nor has one before a layer of another form: they repeat their own.
+    is_extra = written.copy > 0
     tensor[is_extra] = _expanded(tensors[following], name, plan, kind)[is_extra]
     return tensor
 
 
 def _expanded(tensor: Tensor, name: str, plan: WidthPlan, kind: Kind) -> Tensor:
-    tensor = tensor.clone()
+    tensor = tensor.detach().clone()
     for axis, role in enumerate(roles_of(name)):
-        if role is None or role.group not in plan.units:
+        units = plan.of(name, role)
+        if role is None or units is None:
             continue
-        units = plan.units[role.group]
-        factor = _factor(role.side, units, plan.embedding_factor, kind)
+        factor = _factor(role.side, units, plan, kind)
         shape = [-1 if dim == axis else 1 for dim in range(tensor.dim())]
         tensor = tensor.index_select(axis, units.source.clamp(min=0))
         tensor = tensor * factor.to(tensor.dtype).view(shape)
     return tensor
 
 
-def _factor(side: Side, units: Units, embedding: float, kind: Kind) -> Tensor:
+def _factor(side: Side, units: Units, plan: WidthPlan, kind: Kind) -> Tensor:
     """[new] fp64: what each unit's slice is multiplied with; see the module's docstring."""
     one = (units.source >= 0).double()
+    if kind == "is_old":
+        return one * (units.copy == 0)
+    if side == "tied_norm" and not plan.tied:
+        side = "writes"
+    embedding = plan.embedding_factor
     weight, gradient = {
         "writes": (one, units.share),
         "reads": (units.share, one),
@@ -320,8 +357,9 @@ def _factor(side: Side, units: Units, embedding: float, kind: Kind) -> Tensor:
 def _fill_fresh(tensor: Tensor, initial: Tensor, name: str, plan: WidthPlan) -> Tensor:
     """Written units without origin as a new model has them; nobody reads them yet."""
     for axis, role in enumerate(roles_of(name)):
-        if role is not None and role.side == "writes" and role.group in plan.units:
-            new = (plan.units[role.group].source < 0).nonzero().flatten()
+        units = plan.of(name, role)
+        if role is not None and role.side == "writes" and units is not None:
+            new = (units.source < 0).nonzero().flatten()
             tensor = tensor.index_copy(
                 axis, new, initial.detach().to(tensor.dtype).index_select(axis, new)
             )
@@ -335,9 +373,9 @@ def _add_noise(tensor: Tensor, name: str, plan: WidthPlan, generator: torch.Gene
     receives another gradient.
     """
     for axis, role in enumerate(roles_of(name)):
-        if role is None or role.side != "reads" or role.group not in plan.units:
+        units = plan.of(name, role)
+        if role is None or role.side != "reads" or units is None:
             continue
-        units = plan.units[role.group]
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         noise = noise.transpose(axis, -1)
         known, copies = units.source.clamp(min=0), units.copies.double()

@@ -1,16 +1,18 @@
-"""FFN width: F inner units become F'; hidden size, heads and depth stay.
+"""FFN width: F inner units become F', in each layer its own number; all else stays.
 
 Nothing normalises the inner units, so every split of a unit among its copies is exact, in post-LN
 and in pre-LN, and the gradient map (stacking/growth/width.py) holds for unequal shares too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from stacking.config import BertConfig
-from stacking.growth.contract import Contract, fixed_faults
+from stacking.growth.contract import Contract, fixed_faults, inner_sizes
 from stacking.growth.width import (
     ALPHA,
     NOISE,
+    Units,
     WidthOperator,
     WidthPlan,
     alpha_faults,
@@ -43,19 +45,20 @@ class FfnTile(WidthOperator):
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """A whole number of copies."""
-        old, new = source.intermediate_size, target.intermediate_size
-        faults = _faults(source, target) + noise_faults(self.noise)
-        if new >= old and new % old:
-            faults.append(
-                f"intermediate_size: {old} cannot become {new} by tiling; "
-                f"give a multiple of {old}, or use 'split' or 'zero'"
-            )
-        return faults
+        return (
+            _faults(source, target)
+            + noise_faults(self.noise)
+            + [
+                f"ffn: got 'tile' from {old} to {new} inner units in {layers}; allowed: a multiple "
+                f"of {old}; or give ffn 'split' or 'zero'"
+                for (old, new), layers in _changes(source, target).items()
+                if new >= old and new % old
+            ]
+        )
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Equal shares."""
-        units = cyclic_units(source.intermediate_size, target.intermediate_size)
-        return WidthPlan({"ffn": units}, noise=self.noise)
+        return WidthPlan(inner=_inner(source, target, cyclic_units), noise=self.noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,9 @@ class FfnSplit(WidthOperator):
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Unequal shares."""
-        units = cyclic_units(source.intermediate_size, target.intermediate_size, self.alpha)
-        return WidthPlan({"ffn": units})
+        return WidthPlan(
+            inner=_inner(source, target, lambda old, new: cyclic_units(old, new, self.alpha))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +106,7 @@ class FfnZero(WidthOperator):
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Old units, then new ones without origin."""
-        return WidthPlan(
-            {"ffn": units_with_fresh(source.intermediate_size, target.intermediate_size)}
-        )
+        return WidthPlan(inner=_inner(source, target, units_with_fresh))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +131,7 @@ class FfnAki(WidthOperator):
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Equal shares; further copies from the next layer."""
-        units = cyclic_units(source.intermediate_size, target.intermediate_size)
-        return WidthPlan({"ffn": units}, extra_from_next=True)
+        return WidthPlan(inner=_inner(source, target, cyclic_units), extra_from_next=True)
 
 
 FFN_OPERATORS: dict[str, WidthOperator] = {
@@ -139,11 +140,33 @@ FFN_OPERATORS: dict[str, WidthOperator] = {
 """By the name that a recipe gives, with default settings."""
 
 
+def _inner(
+    source: BertConfig, target: BertConfig, units: Callable[[int, int], Units]
+) -> dict[int, Units]:
+    """`units(old, new)` of each layer that changes; the others stay untouched."""
+    pairs = enumerate(zip(inner_sizes(source), inner_sizes(target), strict=True))
+    return {layer: units(old, new) for layer, (old, new) in pairs if old != new}
+
+
+def _changes(source: BertConfig, target: BertConfig) -> dict[tuple[int, int], str]:
+    """(old, new) inner width -> the layers that change so, in words."""
+    if source.num_hidden_layers != target.num_hidden_layers:
+        return {}  # said already
+    layers: dict[tuple[int, int], list[str]] = {}
+    for layer, pair in enumerate(zip(inner_sizes(source), inner_sizes(target), strict=True)):
+        if pair[0] != pair[1]:
+            layers.setdefault(pair, []).append(str(layer))
+    return {
+        pair: f"layer{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+        for pair, numbers in layers.items()
+    }
+
+
 def _faults(source: BertConfig, target: BertConfig) -> list[str]:
-    faults = fixed_faults(source, target, {"intermediate_size"})
-    if target.intermediate_size < source.intermediate_size:
-        faults.append(
-            f"intermediate_size: {source.intermediate_size} cannot shrink to "
-            f"{target.intermediate_size}"
-        )
-    return faults
+    field = "layer_intermediate_sizes" if target.layer_intermediate_sizes else "intermediate_size"
+    return fixed_faults(source, target, {"intermediate_size", "layer_intermediate_sizes"}) + [
+        f"{field}: got {new} after {old} in {layers}; allowed: at least {old}, because a model "
+        "cannot shrink"
+        for (old, new), layers in _changes(source, target).items()
+        if new < old
+    ]

@@ -54,7 +54,7 @@ class HiddenDuplicate(WidthOperator):
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """An integer ratio."""
-        return _integer_faults(source, target) + noise_faults(self.noise)
+        return _integer_faults(self.name, source, target) + noise_faults(self.noise)
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Equal shares."""
@@ -70,6 +70,7 @@ class HiddenUneven(WidthOperator):
 
     name: str = "uneven"
     alpha: float = ALPHA
+    heads: HeadGrowth = "replicate"
 
     def contract(self, config: BertConfig) -> Contract:
         """Exact unless positions are sinusoidal."""
@@ -77,11 +78,11 @@ class HiddenUneven(WidthOperator):
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """An integer ratio."""
-        return _integer_faults(source, target) + alpha_faults(self.alpha)
+        return _integer_faults(self.name, source, target) + alpha_faults(self.alpha)
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Unequal shares."""
-        return _plan(source, target, alpha=self.alpha)
+        return _plan(source, target, heads=self.heads, alpha=self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class HiddenFpi(WidthOperator):
     name: str = "fpi"
     fan_in: Literal["shares", "rms"] = "shares"
     noise: float = NOISE
+    heads: HeadGrowth = "replicate"
 
     def contract(self, config: BertConfig) -> Contract:
         """Nothing is preserved."""
@@ -119,7 +121,7 @@ class HiddenFpi(WidthOperator):
         factor = None
         if self.fan_in == "rms":
             factor = rms_fan_in(source.hidden_size, target.hidden_size)
-        return _plan(source, target, noise=self.noise, factor=factor)
+        return _plan(source, target, heads=self.heads, noise=self.noise, factor=factor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,7 @@ class HiddenAki(WidthOperator):
     """
 
     name: str = "aki"
+    heads: HeadGrowth = "replicate"
 
     def contract(self, config: BertConfig) -> Contract:
         """Nothing is preserved."""
@@ -145,12 +148,15 @@ class HiddenAki(WidthOperator):
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Equal shares; further copies from the next layer."""
-        return _plan(source, target, extra_from_next=True)
+        return _plan(source, target, heads=self.heads, extra_from_next=True)
 
 
-HIDDEN_OPERATORS: dict[str, WidthOperator] = {
-    operator.name: operator
-    for operator in (HiddenDuplicate(), HiddenUneven(), HiddenFpi(), HiddenAki())
+HiddenOperator = HiddenDuplicate | HiddenUneven | HiddenFpi | HiddenAki
+HIDDEN_OPERATORS: dict[str, HiddenOperator] = {
+    "duplicate": HiddenDuplicate(),
+    "uneven": HiddenUneven(),
+    "fpi": HiddenFpi(),
+    "aki": HiddenAki(),
 }
 """By the name that a recipe gives, with default settings."""
 
@@ -179,40 +185,43 @@ def _plan(
     extra_from_next: bool = False,
     factor: float | None = None,
 ) -> WidthPlan:
-    """Hidden units, QKV rows and context columns; `factor` replaces all shares."""
+    """Hidden units, QKV rows and context columns; `factor` replaces the shares of copies."""
     hidden = cyclic_units(source.hidden_size, target.hidden_size, alpha)
     if heads == "zero":
         per_head = units_with_fresh(source.num_attention_heads, target.num_attention_heads)
     else:
         per_head = cyclic_units(source.num_attention_heads, target.num_attention_heads, alpha)
+        if factor is not None:
+            per_head = Units(per_head.source, torch.full_like(per_head.share, factor))
     if factor is not None:
-        hidden, per_head = (
-            Units(units.source, torch.full_like(units.share, factor))
-            for units in (hidden, per_head)
-        )
+        hidden = Units(hidden.source, torch.full_like(hidden.share, factor))
     head_size = source.hidden_size // source.num_attention_heads
     return WidthPlan(
         {
             "hidden": hidden,
+            # Concat pooling reads the hidden units of its neighbours one after the other.
+            "pooled": hidden.features(1, parts=source.pooling_size),
             "qkv": per_head.features(head_size, parts=3),
             "context": per_head.features(head_size),
         },
         embedding_factor=(
             math.sqrt(source.hidden_size / target.hidden_size) if source.embedding_scale else 1.0
         ),
+        tied=source.tie_word_embeddings,
         extra_from_next=extra_from_next,
         noise=noise,
         heads=per_head,
     )
 
 
-def _integer_faults(source: BertConfig, target: BertConfig) -> list[str]:
+def _integer_faults(name: str, source: BertConfig, target: BertConfig) -> list[str]:
     old, new = source.hidden_size, target.hidden_size
     faults = _faults(source, target)
     if new > old and new % old:
         faults.append(
-            f"hidden_size: {old} cannot become {new} exactly, because LayerNorm's statistics would "
-            f"change; give a multiple of {old}, or use 'fpi' or 'aki', which are not exact"
+            f"hidden_size: got {new} after {old} with hidden {name!r}; allowed: a multiple of "
+            f"{old}, because LayerNorm's statistics would change; or give hidden 'fpi' or 'aki', "
+            "which are not exact"
         )
     return faults
 
@@ -222,13 +231,16 @@ def _faults(source: BertConfig, target: BertConfig) -> list[str]:
     faults = fixed_faults(source, target, {"hidden_size", "num_attention_heads"})
     old, new = source.hidden_size, target.hidden_size
     if new < old:
-        faults.append(f"hidden_size: {old} cannot shrink to {new}")
+        faults.append(
+            f"hidden_size: got {new} after {old}; allowed: at least {old}, because a model cannot "
+            "shrink"
+        )
     before, after = source.num_attention_heads, target.num_attention_heads
     if old * after != new * before:
-        wanted = after * (old // before)
         faults.append(
-            f"num_attention_heads: {before} to {after} with hidden_size {old} to {new} changes the "
-            f"head size from {old // before} to {new // after}; heads and hidden size grow "
-            f"together: give {wanted} hidden units for {after} heads"
+            f"num_attention_heads: got {after} after {before} with hidden_size {new} after {old}, "
+            f"which changes the head size from {old // before} to {new // after}; allowed: heads "
+            "and hidden size that grow together; "
+            f"give {after * (old // before)} hidden units for {after} heads"
         )
     return faults

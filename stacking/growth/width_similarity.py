@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stacking.growth.width import Units, WidthPlan, short_name
+from stacking.growth.width import Units, WidthPlan, layer_of, short_name
 
 _MEMBERS = {
     "ffn": ("feed_forward.inner.weight",),
-    "heads": ("attention.qkv.weight",),
+    "heads": ("attention.qkv.weight", "attention.value.weight"),
     "hidden": ("attention.output.weight", "feed_forward.output.weight"),
     "embeddings": ("embeddings.word_embeddings.weight",),
     "mlm_head": ("mlm_head.dense.weight",),
@@ -32,7 +32,7 @@ def duplicate_similarity(tensors: Mapping[str, Tensor], plan: WidthPlan) -> dict
     found: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         for key, members in _MEMBERS.items():
-            units = _units_of(key, plan)
+            units = _units_of(key, name, plan)
             if short_name(name) in members and units is not None:
                 vectors = _unit_vectors(key, tensor.detach().double(), units)
                 found.setdefault(key, []).append(_cosines_with_first(vectors, units))
@@ -43,10 +43,12 @@ def duplicate_similarity(tensors: Mapping[str, Tensor], plan: WidthPlan) -> dict
     }
 
 
-def _units_of(key: str, plan: WidthPlan) -> Units | None:
-    if key == "heads":
-        return plan.heads
-    return plan.units.get("ffn" if key == "ffn" else "hidden")
+def _units_of(key: str, name: str, plan: WidthPlan) -> Units | None:
+    if layer_of(name) in plan.new_layers:
+        return None
+    if key == "ffn":
+        return plan.inner.get(layer_of(name))
+    return plan.heads if key == "heads" else plan.units.get("hidden")
 
 
 def _unit_vectors(key: str, tensor: Tensor, units: Units) -> Tensor:
@@ -54,7 +56,8 @@ def _unit_vectors(key: str, tensor: Tensor, units: Units) -> Tensor:
     if key == "embeddings":
         return tensor.t()
     if key == "heads":
-        return tensor.view(3, len(units.source), -1, tensor.shape[1]).transpose(0, 1).flatten(1)
+        parts = tensor.shape[0] // tensor.shape[1]  # queries, keys and values, or values alone
+        return tensor.view(parts, len(units.source), -1, tensor.shape[1]).transpose(0, 1).flatten(1)
     return tensor
 
 

@@ -23,21 +23,23 @@ UNNUMBERED = r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b(?!\(#\d+\))"
 # A module of stacking may import modules of its own layer and of those below; never in a circle.
 LAYERS = {
     0: {"errors"},
-    1: {"config_base", "config_faults", "config_learning_rate", "config_model", "config_stage", "config", "config_loading",
-        "schedule", "distributed", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
-        "stopping", "progress"},
-    2: {"snapshot", "functional", "positions", "modeling", "growth", "freezing", "sample_order",
-        "shard_reader", "dataset", "cost", "metrics"},
-    3: {"engine", "checkpoint", "run_folder"},
-    4: {"stage_switch"},
-    5: {"run_log", "trainer", "hf", "hf_homes", "hf_tokenizer", "glue", "squad", "attention_maps",
-        "report", "report_metrics", "report_figures"},
+    1: {"config_base", "config_faults", "config_learning_rate", "config_model", "config_stage",
+        "config", "config_loading", "schedule", "distributed", "deepspeed_schema",
+        "deepspeed_checks", "deepspeed_config", "stopping", "progress"},
+    2: {"snapshot", "parameter_groups", "functional", "positions", "layers", "attention",
+        "pooling", "encoder", "modeling", "growth", "freezing", "sample_order", "shard_reader",
+        "truncation", "batch", "dataset", "cost", "metrics"},
+    3: {"engine", "optimizer_state", "checkpoint", "run_folder"},
+    4: {"stage_growth", "stage_switch"},
+    5: {"run_data", "run_log", "trainer", "hf", "hf_homes", "hf_tokenizer", "hf_folder",
+        "hf_grow", "hf_probe", "hf_side_files", "glue", "squad", "attention_maps",
+        "report", "report_metrics", "report_figures", "stage_plan", "stage_plan_table"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 ONLY_IN = {
     "deepspeed": {"engine"},
     "apex": {"engine"},
-    "transformers": {"hf", "hf_homes", "hf_tokenizer"},
+    "transformers": {"hf", "hf_homes", "hf_tokenizer", "hf_folder", "hf_probe"},
     "matplotlib": {"attention_maps", "report_figures"},
     "argparse": set[str](),
 }

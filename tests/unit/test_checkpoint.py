@@ -2,33 +2,52 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from stacking.checkpoint import MARKER, WEIGHTS, CheckpointManager, TrainState
+from stacking.checkpoint import (
+    MARKER,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointManager,
+    TrainState,
+    _fingerprint,
+    _fold,
+    _unfold,
+)
+from stacking.config import BertConfig
 from stacking.errors import CheckpointError
+from stacking.modeling import BertForPreTraining
 from stacking.snapshot import Snapshot
 
 
-def state(step: int, stage: int = 0, optimizer_steps: int = 3) -> TrainState:
+def state(step: int, stage: int = 0) -> TrainState:
     return TrainState(
         global_step=step,
         stage=stage,
         num_hidden_layers=2,
-        optimizer_steps=optimizer_steps,
         loader={"samples_consumed": 5 * step},
         recipe_sha256="0" * 64,
     )
 
 
 def snapshot() -> Snapshot:
-    weights = {"a": torch.randn(3, 5), "b": torch.randn(7)}
+    """Layers 0, 1, 2 and 5 are old, 3 is new and young, 4 has no history; the rest is new."""
+    names = [f"layers.{i}.{part}.weight" for i in range(6) for part in ("in", "out")]
+    weights = {name: torch.randn(3, 5) for name in [*names, "norm", "head.0"]}
+    steps = {name: 7 if ".3." in name else 500 for name in names if ".4." not in name}
     moments = {
-        k: {n: torch.rand_like(w) for n, w in weights.items()} for k in ("exp_avg", "exp_avg_sq")
+        k: {name: torch.rand_like(weights[name]) for name in steps}
+        for k in ("exp_avg", "exp_avg_sq")
     }
-    return Snapshot(weights, moments, optimizer_steps=3, loss_scale=None)
+    new = frozenset({"norm", "head.0", "layers.3.in.weight", "layers.3.out.weight"})
+    return Snapshot(weights, moments, steps, new, loss_scale=1024.0)
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -37,11 +56,52 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     loaded = manager.load("step_00000007")
     assert loaded.state == state(7)
     back = loaded.snapshot()
-    assert back.optimizer_steps == 3
+    assert back.optimizer_steps == saved.optimizer_steps
+    assert back.new_names == saved.new_names
+    assert back.loss_scale == 1024.0
+    assert back.weights.keys() == saved.weights.keys()
     for name, tensor in saved.weights.items():
         assert torch.equal(back.weights[name], tensor)
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(back.moments[key][name], saved.moments[key][name])
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert back.moments[key].keys() == saved.optimizer_steps.keys()
+        for name, tensor in saved.moments[key].items():
+            assert torch.equal(back.moments[key][name], tensor)
+
+
+def test_the_state_file_is_short_and_names_each_cohort(tmp_path: Path) -> None:
+    CheckpointManager(tmp_path).save("t", snapshot(), state(7))
+    cohorts = json.loads((tmp_path / "t" / "state.json").read_text())["cohorts"]
+    assert [(one["optimizer_steps"], one["is_new"], one["names"]) for one in cohorts] == [
+        (500, False, ["layers.0-2,5.in.weight", "layers.0-2,5.out.weight"]),
+        (7, True, ["layers.3.in.weight", "layers.3.out.weight"]),
+        (0, True, ["norm", "head.0"]),
+    ]
+
+
+def test_the_state_of_a_large_model_stays_a_page(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=7,
+        hidden_size=2,
+        num_hidden_layers=24,
+        num_attention_heads=1,
+        intermediate_size=2,
+    )
+    names = [name for name, _ in BertForPreTraining(config).named_parameters()]
+    steps = {name: 200 if "layers.1" in name else 100 for name in names}
+    moments = {k: {name: torch.ones(1) for name in names} for k in ("exp_avg", "exp_avg_sq")}
+    saved = Snapshot({name: torch.ones(1) for name in names}, moments, steps)
+    CheckpointManager(tmp_path).save("t", saved, state(7))
+    assert len((tmp_path / "t" / "state.json").read_text().splitlines()) < 80
+    assert CheckpointManager(tmp_path).load("t").snapshot().optimizer_steps == steps
+
+
+@given(st.sets(st.from_regex(r"[a-c](\.([0-9]|1[0-9]|[a-c])){0,3}", fullmatch=True)))
+def test_folded_names_unfold_to_the_same(names: set[str]) -> None:
+    folded = _fold(sorted(names))
+    assert len(folded) <= len(names)
+    unfolded = [name for one in folded for name in _unfold(one)]
+    assert len(unfolded) == len(names)
+    assert set(unfolded) == names
 
 
 def test_the_latest_is_the_furthest_and_a_begin_follows_its_stages_end(tmp_path: Path) -> None:
@@ -115,8 +175,56 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_fresh_moments_are_saved_as_none(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
-    manager.save("stage2_begin", Snapshot({"a": torch.ones(2)}), state(4, 1, optimizer_steps=0))
+    manager.save("stage2_begin", Snapshot({"a": torch.ones(2)}), state(4, 1))
     assert manager.load("stage2_begin").snapshot().moments == {}
+
+
+def spoil(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Checkpoint:
+    """A checkpoint with a state.json that `change` has edited, committed as it is now."""
+    CheckpointManager(tmp_path).save("t", snapshot(), state(1))
+    path, marker = tmp_path / "t" / "state.json", tmp_path / "t" / MARKER
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    files = json.loads(marker.read_text())
+    files["files"]["state.json"] = _fingerprint(path)
+    marker.write_text(json.dumps(files))
+    return CheckpointManager(tmp_path).load("t")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d.update(optimizer_steps=3),
+            "of this format: state.json: optimizer_steps: Extra",
+        ),
+        (lambda d: d.pop("cohorts"), "of this format: state.json: cohorts: Field required"),
+        (lambda d: d["cohorts"][0].update(names=["layers.5-2.in.weight"]), "got the range 5-2"),
+        (lambda d: d["cohorts"][0].update(names=["layers.0-99999999.x"]), "got the range 0-9999"),
+        (lambda d: d["cohorts"][0].update(names=["layers.0-,.x"]), "not a committed checkpoint"),
+        (lambda d: d["cohorts"][0].update(optimizer_steps=-1), "not a committed checkpoint"),
+        (lambda d: d["cohorts"][0].update(names=["other"]), "do not agree: other: 500 optimizer"),
+        (lambda d: d["cohorts"].pop(1), "layers.3.in.weight: has either exp_avg or a step count"),
+        (lambda d: d["cohorts"][2].update(names=["other"]), "do not agree: other: new, but no"),
+        (lambda d: d["cohorts"].append(d["cohorts"][0]), "layers.0.in.weight: in two cohorts"),
+    ],
+)
+def test_a_wrong_state_file_is_one_clear_error(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        spoil(tmp_path, change).snapshot()
+
+
+def test_a_checkpoint_of_another_format_is_passed_over_with_its_name(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save("step_00000002", snapshot(), state(2))
+    old = {"global_step": 2, "stage": 0, "optimizer_steps": 2}
+    (tmp_path / "step_00000002" / "state.json").write_text(json.dumps(old))
+    found, complaints = manager.latest_good()
+    assert found is None
+    assert "step_00000002" in complaints[0]
 
 
 def test_a_broken_state_file_hides_its_tag_and_nothing_else(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What engine.py relies on inside DeepSpeed, and which of DeepSpeed's defects still stand.
+"""What the engine relies on inside DeepSpeed, and which of DeepSpeed's defects still stand.
 
 A failure here names what a new DeepSpeed release changed: mend or drop that work-around.
 """
@@ -9,12 +9,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from torch import nn
 
 from stacking import engine
-from stacking.config import OptimizerConfig
-from stacking.engine import parameter_groups
 from stacking.errors import ConfigError
 
 deepspeed = sys.modules["deepspeed"]
@@ -48,8 +44,14 @@ def test_the_private_names_of_the_flat_state_exist() -> None:
     assert "def _lazy_init_hp_params_optimizer_state" in stage12
     stage3 = source_of(modules["deepspeed.runtime.zero.stage3"])
     assert "self.fp32_partitioned_groups_flat" in stage3
-    for name in ("get_local_fp32_param", "set_local_hp_param"):
+    assert "self.sub_group_to_group_id[sub_group_idx] = " in stage3
+    assert "._z3_optimizer = " in stage3
+    for name in ("get_full_hp_param", "get_local_fp32_param", "set_local_hp_param"):
         assert f"def {name}" in stage3
+    fragments = source_of(modules["deepspeed.utils.tensor_fragment"])
+    for name in ("get_full_hp_param", "set_full_hp_param"):
+        assert f"param.{name}(" in fragments
+    assert "hasattr(param, '_hp_mapping')" in fragments
 
 
 def test_the_shared_memory_op_is_still_built_through_the_hook_that_we_replace() -> None:
@@ -74,38 +76,19 @@ def test_a_defect_that_we_work_around_still_stands(defect: str, mended_by: str) 
 def test_moments_of_later_groups_are_still_linked_too_early() -> None:
     module = sys.modules["deepspeed.runtime.zero.stage_1_and_2"]
     step = source_of(module.DeepSpeedZeroOptimizer._optimizer_step)
-    assert "_lazy_init_hp_params_optimizer_state" in step, "drop TrainEngine._link_moments"
+    assert "_lazy_init_hp_params_optimizer_state" in step, "drop OptimizerState._link_moments"
+
+
+def test_fused_adam_still_counts_in_the_last_parameter_of_a_group_alone() -> None:
+    step = source_of(sys.modules["deepspeed.ops.adam.fused_adam"].FusedAdam.step)
+    assert "assume same step across group" in step, "read OptimizerState._counts again"
+    assert step.count("state['step'] += 1") == 3, "once for each type of a group, not by parameter"
 
 
 def test_zero3_still_overruns_odd_sizes_in_set_full_hp_param() -> None:
     module = sys.modules["deepspeed.runtime.zero.stage3"]
     text = source_of(module.DeepSpeedZeroOptimizer_Stage3.set_full_hp_param)
-    assert "fp32_opt_state_partition.numel() * my_rank" in text, "drop engine._write_full"
-
-
-def model() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
-
-
-def test_matrices_decay_and_biases_and_norms_do_not() -> None:
-    decayed, plain = parameter_groups(model(), OptimizerConfig(weight_decay=0.3))
-    assert decayed["weight_decay"] == 0.3
-    assert plain["weight_decay"] == 0.0
-    assert [p.shape for p in decayed["params"]] == [torch.Size([5, 3])]  # type: ignore[attr-defined]
-    assert len(plain["params"]) == 3  # type: ignore[arg-type]
-
-
-def test_decay_all_is_one_group_as_in_2019() -> None:
-    (group,) = parameter_groups(model(), OptimizerConfig(weight_decay=0.3, decay_all=True))
-    assert len(group["params"]) == 4  # type: ignore[arg-type]
-
-
-def test_frozen_parameters_are_in_no_group_and_no_group_is_empty() -> None:
-    frozen = model()
-    for name, parameter in frozen.named_parameters():
-        parameter.requires_grad = name == "0.weight"
-    (group,) = parameter_groups(frozen, OptimizerConfig())
-    assert len(group["params"]) == 1  # type: ignore[arg-type]
+    assert "fp32_opt_state_partition.numel() * my_rank" in text, "drop optimizer_state._write_full"
 
 
 def test_apex_that_is_not_there_is_a_clear_error() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stacking.config import BertConfig
 from stacking.errors import GrowthError
-from stacking.growth import grow, grow_weights
+from stacking.growth import Operators, grow, grow_weights
 from stacking.growth.depth import layer_sources
 from stacking.modeling import BertForPreTraining, init_weights
 
@@ -99,15 +99,16 @@ def test_random_growth_is_the_same_for_the_same_seed_only() -> None:
     target = CONFIG.model_copy(update={"num_hidden_layers": 3})
     name = "encoder.layers.2.attention.qkv.weight"
     first, again, other = (
-        grow_weights(weights, CONFIG, target, depth="random", seed=seed)[name] for seed in (1, 1, 2)
+        grow_weights(weights, CONFIG, target, operators=Operators("random"), seed=seed)[name]
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_growing_another_dimension_is_refused_by_name() -> None:
-    with pytest.raises(GrowthError, match="hidden_size: 12 cannot become 24"):
-        grow(model_of(2), CONFIG.model_copy(update={"hidden_size": 24}))
+def test_what_no_operator_changes_is_refused_by_name() -> None:
+    with pytest.raises(GrowthError, match="vocab_size: got 38 after 37; allowed: 37"):
+        grow(model_of(2), CONFIG.model_copy(update={"vocab_size": 38}))
 
 
 def test_a_missing_tensor_is_refused_by_name() -> None:

@@ -476,8 +476,8 @@ def test_every_fault_is_reported_before_anything_grows(operator: GrowthOperator)
     )
     faults = operator.check(SMALL, target)
     assert len(faults) == 2
-    assert "hidden_size: 12 cannot become 24" in faults[0]
-    assert "cannot shrink: from 2 to 1" in faults[1]
+    assert "hidden_size: got 24 after 12; allowed: 12" in faults[0]
+    assert "num_hidden_layers: got 1 after 2; allowed: at least 2" in faults[1]
     with pytest.raises(GrowthError, match="hidden_size.*cannot shrink"):
         operator.grow({}, SMALL, target)
     assert operator.check(SMALL, deeper(SMALL, 4)) == []
@@ -486,7 +486,7 @@ def test_every_fault_is_reported_before_anything_grows(operator: GrowthOperator)
 @pytest.mark.parametrize(
     ("name", "layers", "message"),
     [
-        ("interleave", 5, "give a multiple of 2"),
+        ("interleave", 5, "depth: got 'interleave' from 2 to 5 layers; allowed: a multiple of 2"),
         ("copy_top", 5, "at most 4 layers"),
         ("middle", 5, "at most 4 layers"),
     ],

@@ -464,8 +464,8 @@ def test_the_same_size_gives_equal_copies() -> None:
     ("operator", "fields", "message"),
     [
         (FfnTile(), {"intermediate_size": 30}, "multiple of 20"),
-        (FfnSplit(), {"intermediate_size": 19}, "intermediate_size: 20 cannot shrink to 19"),
-        (FfnZero(), {"hidden_size": 24}, "hidden_size: 12 cannot become 24"),
+        (FfnSplit(), {"intermediate_size": 19}, "got 19 after 20 in layers 0, 1"),
+        (FfnZero(), {"hidden_size": 24}, "hidden_size: got 24 after 12; allowed: 12"),
         (FfnSplit(alpha=0.5), {"intermediate_size": 30}, "more than 0.5"),
         (FfnSplit(alpha=1.0), {"intermediate_size": 30}, "less than 1"),
         (FfnTile(noise=-0.1), {"intermediate_size": 40}, "0 or more"),
@@ -476,11 +476,11 @@ def test_the_same_size_gives_equal_copies() -> None:
         (HiddenFpi(), {"hidden_size": 8, "num_attention_heads": 2}, "cannot shrink"),
         (HiddenDuplicate(), {"num_attention_heads": 6}, "head size from 4 to 2.*give 24 hidden"),
         (HiddenDuplicate(), {"hidden_size": 24}, "head size from 4 to 8.*give 12 hidden"),
-        (HiddenAki(), {"vocab_size": 40}, "vocab_size: 37 cannot become 40"),
+        (HiddenAki(), {"vocab_size": 40}, "vocab_size: got 40 after 37; allowed: 37"),
         (
             HiddenDuplicate(),
             {"hidden_size": 24, "num_attention_heads": 6, "layer_norm": "pre"},
-            "layer_norm: 'post' cannot become 'pre'",
+            "layer_norm: got 'pre' after 'post'; allowed: 'post'",
         ),
     ],
 )
@@ -554,8 +554,8 @@ def test_moments_of_old_units_map_as_autograd_says_beside_fresh_ones(
     plan = operator.plan(source, target)
     for name, tensor in after.items():
         for axis, role in enumerate(roles_of(name)):
-            if role is not None and role.group in plan.units:
-                fresh = (plan.units[role.group].source == FRESH).nonzero().flatten()
+            if (units := plan.of(name, role)) is not None:
+                fresh = (units.source == FRESH).nonzero().flatten()
                 assert mapped[name].index_select(axis, fresh).count_nonzero() == 0
                 tensor = tensor.index_fill(axis, fresh, 0.0)
         after[name] = tensor

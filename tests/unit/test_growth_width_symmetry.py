@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stacking.config import BertConfig
+from stacking.growth import Operators, plan_growth
 from stacking.growth.width import WidthOperator, WidthPlan, cyclic_units, units_with_fresh
 from stacking.growth.width_ffn import FfnAki, FfnSplit, FfnTile
 from stacking.growth.width_hidden import HiddenAki, HiddenDuplicate, HiddenFpi, HiddenUneven
@@ -148,6 +149,57 @@ def test_hidden_copies_come_apart(
 
 
 @pytest.mark.parametrize(
+    ("operators", "bounds"),
+    [
+        (
+            Operators("stack"),
+            {"embeddings": 0.999, "heads": 0.9, "hidden": 0.95, "ffn": 0.97},
+        ),
+        (
+            Operators("identity_exact", heads="zero"),
+            {"embeddings": 0.999, "hidden": 0.97, "ffn": 0.97},
+        ),
+        (
+            Operators("identity_exact", hidden="uneven", ffn="split"),
+            {"embeddings": 0.995, "heads": 0.99, "hidden": 0.99, "ffn": 0.99, "mlm_head": 0.95},
+        ),
+    ],
+    ids=str,
+)
+def test_copies_come_apart_where_hidden_inner_width_and_depth_grow_together(
+    trained: Weights, operators: Operators, bounds: dict[str, float]
+) -> None:
+    changes = {"intermediate_size": 40, "num_hidden_layers": 4}
+    target = with_heads(6).model_copy(update=changes)
+    plan = plan_growth(CONFIG, target, operators)
+    large = plan.grow(trained, seed=5)
+    before, after = (
+        {key: value for width in plan.width_plans()
+         for key, value in duplicate_similarity(tensors, width).items()}
+        for tensors in (large, train(target, large, 50))
+    )  # fmt: skip
+    for key in ("embeddings", "ffn"):  # the noise is not on what these are read off
+        assert before[key] == pytest.approx(1.0, abs=1e-12)
+    assert set(bounds) <= set(after)
+    for key, bound in bounds.items():
+        assert after[key] < bound, (key, after)
+
+
+def test_only_layers_that_hold_copies_are_compared() -> None:
+    """Of four layers two are fresh: their rows are no copies, whatever they look like."""
+    target = with_inner(40).model_copy(update={"num_hidden_layers": 4})
+    for depth, layers in (("identity_exact", {0, 1}), ("stack", {0, 1, 2, 3})):
+        (width,) = plan_growth(CONFIG, target, Operators(depth, ffn="split")).width_plans()
+        assert set(width.inner) == layers
+    target = with_heads(6).model_copy(update={"num_hidden_layers": 4})
+    plan = plan_growth(CONFIG, target, Operators("identity_exact", hidden="uneven"))
+    grown = plan.grow(fresh_weights(CONFIG), seed=5)
+    (width,) = plan.width_plans()
+    assert width.new_layers == {2, 3}
+    assert duplicate_similarity(grown, width)["hidden"] == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
     ("operator", "least"),
     [(HiddenDuplicate(noise=0.0), 0.0), (HiddenDuplicate(), 0.1), (HiddenUneven(), 0.1)],
     ids=str,
@@ -170,11 +222,11 @@ def test_hidden_values_are_equal_copies_at_first_and_differ_after_training(
 
 
 def test_similarity_is_the_mean_cosine_with_the_first_copy() -> None:
-    plan = WidthPlan({"ffn": cyclic_units(2, 5)})
+    plan = WidthPlan(inner={0: cyclic_units(2, 5)})
     rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     assert duplicate_similarity({INNER: rows}, plan) == {"ffn": pytest.approx(1 / 3)}
 
 
 def test_fresh_units_have_no_similarity() -> None:
-    plan = WidthPlan({"ffn": units_with_fresh(2, 4)})
+    plan = WidthPlan(inner={0: units_with_fresh(2, 4)})
     assert duplicate_similarity({INNER: torch.ones(4, 3)}, plan) == {}

@@ -38,6 +38,7 @@ SIZE = BertConfig(
 )
 PRE: dict[str, object] = {"layer_norm": "pre"}
 ROTARY: dict[str, object] = {"position": "rotary", "num_nsp_labels": 0}
+UNTIED: dict[str, object] = {"tie_word_embeddings": False}
 HOMES: list[tuple[str, dict[str, object]]] = [
     ("BertForPreTraining", {}),
     ("BertForPreTraining", {"hidden_act": "gelu_new", "pad_token_id": 2}),
@@ -52,6 +53,12 @@ HOMES: list[tuple[str, dict[str, object]]] = [
     ("RobertaPreLayerNormForMaskedLM", {**PRE, "position": "sinusoidal", "num_nsp_labels": 0}),
     ("EsmForMaskedLM", {**PRE, **ROTARY, "type_vocab_size": 0}),
     ("EsmForMaskedLM", {**PRE, **ROTARY, "type_vocab_size": 0, "embedding_layer_norm": False}),
+    ("BertForPreTraining", UNTIED),
+    ("BertForMaskedLM", {**UNTIED, "num_nsp_labels": 0, "mlm_bias": False}),
+    ("RoFormerForMaskedLM", {**UNTIED, **ROTARY}),
+    ("MegatronBertForPreTraining", {**UNTIED, **PRE, "embedding_layer_norm": False}),
+    ("RobertaPreLayerNormForMaskedLM", {**UNTIED, **PRE, "num_nsp_labels": 0}),
+    ("EsmForMaskedLM", {**UNTIED, **PRE, **ROTARY, "type_vocab_size": 0}),
 ]
 
 
@@ -94,6 +101,8 @@ def test_export_and_return_keep_the_logits(
     assert fields["architectures"] == [architecture]
     again, config = load_pretrained(tmp_path / "out")
     assert choose_home(config) is choose_home(model.config)
+    assert config.tie_word_embeddings == model.config.tie_word_embeddings
+    assert fields["tie_word_embeddings"] == model.config.tie_word_embeddings
     pad = model.config.pad_token_id
     ids = torch.randint(4, 57, (3, 13), generator=torch.Generator().manual_seed(1))
     mask = torch.arange(13) < torch.tensor([[13], [8], [1]])
@@ -125,8 +134,10 @@ def test_random_weights_of_transformers_come_back_unchanged(
     back = to_home(ours, choose_home(config))
     skipped = config.pad_token_id + 1 if "roberta" in choose_home(config).model_type else 0
     for name, tensor in original.items():
-        if "decoder" in name:
+        if "decoder" in name and config.tie_word_embeddings:
             continue
+        if name in ("cls.predictions.bias", "lm_head.bias") and "decoder.bias" in str(list(back)):
+            continue  # Untied, transformers adds decoder.bias and never reads this one.
         start = skipped if "position_embeddings" in name else 0
         assert torch.equal(back[name][start:], tensor[start:]), name
 
@@ -168,6 +179,49 @@ def test_options_without_a_home_are_named(options: dict[str, object], message: s
     """The fault names the option, and each home that is one option away."""
     with pytest.raises(ConfigError, match=message):
         choose_home(SIZE.model_copy(update=options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling": "mean", "pooling_size": 2}, "model.pooling: got mean, .* allowed: none; grow"),
+        ({"shared_attention_layers": (1, 2)}, r"shared_attention_layers: got \(1, 2\), .*: \(\);"),
+        ({"layer_intermediate_sizes": (8, 31, 8)}, r"got \(8, 31, 8\), .* \(31, 31, 31\); grow"),
+    ],
+)
+def test_small_forms_must_grow_before_export(options: dict[str, object], message: str) -> None:
+    """The fault names the form to grow to."""
+    with pytest.raises(ConfigError, match=message):
+        choose_home(SIZE.model_copy(update=options))
+
+
+def test_equal_inner_sizes_are_one_inner_size(tmp_path: Path) -> None:
+    """Stated layer by layer or once: the same model."""
+    model = build({"intermediate_size": 8, "layer_intermediate_sizes": (31, 31, 31)})
+    save_pretrained(model, model.config, tmp_path / "out")
+    assert load_pretrained(tmp_path / "out")[1].intermediate_size == 31
+
+
+def test_a_decoder_that_is_not_the_word_embedding_needs_its_own_weights(tmp_path: Path) -> None:
+    """A tied folder that claims to be untied lacks the matrix: no random draw."""
+    model = build({})
+    save_pretrained(model, model.config, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | UNTIED))
+    with pytest.raises(CheckpointError, match=r"lacks cls.predictions.decoder.weight"):
+        load_pretrained(path.parent)
+
+
+def test_the_bias_of_an_untied_decoder_under_its_old_name(tmp_path: Path) -> None:
+    """Transformers before release 5 wrote cls.predictions.bias alone."""
+    model = build({**UNTIED})
+    save_pretrained(model, model.config, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    weights = load_file(path)
+    del weights["cls.predictions.decoder.bias"]
+    save_file(weights, path, {"format": "pt"})
+    loaded, _ = load_pretrained(path.parent)
+    assert torch.equal(loaded.get_parameter("mlm_head.bias"), model.get_parameter("mlm_head.bias"))
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
@@ -271,7 +325,6 @@ def test_encoder_only_checkpoint_gets_a_fresh_head_and_says_so(
         ({"model_type": "gpt2"}, "model_type=gpt2, readable are bert, roformer"),
         ({"is_decoder": True}, "is_decoder=True"),
         ({"hidden_act": "silu"}, "hidden_act=silu, readable: gelu"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ],
 )
 def test_foreign_folders_are_refused_by_field(
@@ -345,8 +398,6 @@ def write_run(run_dir: Path, tokenizer_dir: Path) -> BertForPreTraining:
             global_step=step,
             stage=stage,
             num_hidden_layers=model.config.num_hidden_layers,
-            optimizer_steps=0,
-            loss_scale=None,
             loader={},
             sample_hash="",
             tokens=0,
@@ -354,7 +405,7 @@ def write_run(run_dir: Path, tokenizer_dir: Path) -> BertForPreTraining:
             elapsed_seconds=0.0,
             recipe_sha256="",
         )
-        manager.save(f"stage{stage}_end", Snapshot(weights, {}, 0, None), state)
+        manager.save(f"stage{stage}_end", Snapshot(weights), state)
     return model
 
 

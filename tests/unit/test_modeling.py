@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import stacking
 from stacking.config import BertConfig
+from stacking.encoder import EncoderLayer
 from stacking.functional import attend, dropout, gather_rows
 from stacking.hf import home_config
 from stacking.hf_homes import BERT, from_home, to_home
@@ -35,6 +36,9 @@ VARIANTS = [
     {"layer_norm": "pre", "layer_norm_affine": False, "position": "sinusoidal", "num_nsp_labels": 1,
      "pooler": False, "embedding_scale": True, "embedding_layer_norm": False, "mlm_bias": False},
     {"num_nsp_labels": 0, "num_hidden_layers": 1, "hidden_act": "relu"},
+    {"num_hidden_layers": 4, "shared_attention_layers": (1, 3), "layer_norm": "pre"},
+    {"shared_attention_layers": (1, 2), "position": "rotary"},
+    {"layer_intermediate_sizes": (5, 31, 9), "tie_word_embeddings": False},
 ]  # fmt: skip
 
 
@@ -387,6 +391,94 @@ def test_attention_dropout_keeps_the_mean_on_the_16_bit_path() -> None:
         output = attend(query.to(dtype), key.to(dtype), value, None, 0.25).float()
         assert float(output.mean()) == pytest.approx(1.0, abs=0.02)
         assert float(output.std()) > 0.05
+
+
+@pytest.mark.parametrize("layer_norm", ["post", "pre"])
+def test_shared_attention_equals_the_formula(layer_norm: str) -> None:
+    """Layers 1 and 2 use layer 0's probabilities on their own values; layer 3 has its own."""
+    model = build({"layer_norm": layer_norm, "num_hidden_layers": 4,
+                   "shared_attention_layers": (1, 2)}).eval()  # fmt: skip
+    ids = batch(model)["input_ids"][1:2]
+    hidden: Tensor = model.embeddings(ids, None)
+    probabilities = torch.zeros(())
+    for index, layer in enumerate(model.encoder.layers):
+        assert isinstance(layer, EncoderLayer)
+        attention, pre = layer.attention, layer_norm == "pre"
+        source = layer.attention_layer_norm(hidden) if pre else hidden
+        if index in (1, 2):
+            value = attention.get_submodule("value")(source).view(11, 3, 8)
+        else:
+            fused = attention.get_submodule("qkv")(source)
+            query, key, value = fused.view(11, 3, 3, 8).unbind(1)
+            scores = torch.einsum("rnd,snd->nrs", query, key) / 8**0.5
+            probabilities = scores.softmax(-1)
+        mixed = torch.einsum("nrs,snd->rnd", probabilities, value).reshape(1, 11, 24)
+        hidden = hidden + attention.output(mixed)
+        if pre:
+            hidden = hidden + layer.feed_forward(layer.feed_forward_layer_norm(hidden))
+        else:
+            hidden = layer.attention_layer_norm(hidden)
+            hidden = layer.feed_forward_layer_norm(hidden + layer.feed_forward(hidden))
+    if model.encoder.final_layer_norm is not None:
+        hidden = model.encoder.final_layer_norm(hidden)
+    actual = model(ids)["last_hidden_state"]
+    torch.testing.assert_close(actual, hidden, atol=1e-5, rtol=0)
+
+
+def test_shared_probabilities_are_dropped_anew() -> None:
+    """With all values 1, a layer's context is the sum of what it kept: other gaps, same mean."""
+    model = build({"shared_attention_layers": (1,), "attention_probs_dropout_prob": 0.5})
+    contexts: list[Tensor] = []
+    for name in ("encoder.layers.0.attention.qkv", "encoder.layers.1.attention.value"):
+        with torch.no_grad():
+            model.get_parameter(f"{name}.weight").zero_()
+            model.get_parameter(f"{name}.bias").fill_(1.0)
+        output = model.get_submodule(name.rpartition(".")[0] + ".output")
+        output.register_forward_pre_hook(lambda _, given: contexts.append(given[0].detach()))
+    reused: list[Tensor] = []
+    sharing = model.get_submodule("encoder.layers.1.attention")
+    sharing.register_forward_pre_hook(lambda _, given: reused.append(given[1].detach()))
+    model(**batch(model))
+    first, second = contexts
+    torch.testing.assert_close(reused[0].sum(-1), torch.ones(3, 3, 11))  # nothing is dropped yet
+    assert not torch.equal(first, second)
+    assert float(first.mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(second.mean()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_small_forms_have_the_parameters_of_their_names() -> None:
+    """Names and shapes that growth and checkpoints rely on."""
+    model = build({
+        "layer_intermediate_sizes": (5, 31, 9), "shared_attention_layers": (2,),
+        "tie_word_embeddings": False, "pooling": "concat", "pooling_size": 3,
+    })  # fmt: skip
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ordinary = dict(build().named_parameters())
+    assert {name: shape for name, shape in shapes.items() if name not in ordinary} == {
+        "encoder.layers.2.attention.value.weight": (24, 24),
+        "encoder.layers.2.attention.value.bias": (24,),
+        "embeddings.pooling.weight": (24, 72),
+        "embeddings.pooling.bias": (24,),
+        "mlm_head.decoder.weight": (57, 24),
+    }
+    qkv = {f"encoder.layers.2.attention.qkv.{kind}" for kind in ("weight", "bias")}
+    assert set(ordinary) - set(shapes) == qkv
+    inner = [shapes[f"encoder.layers.{i}.feed_forward.inner.weight"] for i in range(3)]
+    assert inner == [(5, 24), (31, 24), (9, 24)]
+
+
+def test_an_untied_decoder_is_drawn_as_a_matrix_and_used() -> None:
+    """Padding's row included; logits are those of a tied model whose words it is."""
+    model = BertForPreTraining(SIZE.model_copy(update={"tie_word_embeddings": False}))
+    init_weights(model, torch.Generator().manual_seed(1))
+    decoder = model.get_parameter("mlm_head.decoder.weight")
+    assert decoder.std().item() == pytest.approx(0.2, rel=0.1)
+    assert (decoder[0] != 0).all()
+    tied = BertForPreTraining(SIZE)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "decoder" not in name}
+    tied.load_state_dict(state | {"embeddings.word_embeddings.weight": decoder})
+    hidden = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(model.decode(hidden), tied.decode(hidden))
 
 
 def test_a_fused_layer_norm_can_be_passed_in() -> None:

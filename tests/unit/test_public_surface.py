@@ -1,5 +1,6 @@
 """What users rely on: changing it must be a decision, made here and in the CHANGELOG."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -35,6 +36,11 @@ FLAGS = {
     },
     "export.py": {"--out", "--tag", JSON},
     "report.py": {JSON},
+    "grow.py": {
+        "--model", "--to", "--depth", "--ffn", "--heads", "--hidden", "--positions", "--seed",
+        "--out", JSON,
+    },
+    "plan.py": {"--recipe", "--set", "--deepspeed_config", "--world-size", JSON},
 }  # fmt: skip
 
 
@@ -78,6 +84,27 @@ def test_the_python_surface_is_frozen() -> None:
     ]  # fmt: skip
     for name in stacking.__all__:
         assert getattr(stacking, name).__name__ == name
+
+
+def test_growing_a_model_needs_neither_deepspeed_nor_transformers() -> None:
+    """The signature is frozen, too; what a folder needs is imported when a folder is given."""
+    assert str(inspect.signature(stacking.grow, eval_str=False)).startswith(
+        "(model: 'BertForPreTraining | str | Path', target: 'BertConfig | Mapping[str, object]', *,"
+        " depth: str = 'stack', ffn: str = 'tile', heads: str = 'replicate',"
+        " hidden: str = 'duplicate', positions: str = 'tile', seed: int = 0,"
+        " out: str | pathlib.Path | None = None)"
+    )
+    code = """
+import sys
+from stacking import BertConfig, BertForPreTraining, grow
+config = BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
+grown = grow(BertForPreTraining(config), {"num_hidden_layers": 2, "hidden_size": 8})
+print(grown.config.num_attention_heads, {"deepspeed", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "4 set()"
 
 
 def test_importing_stacking_needs_neither_torch_nor_deepspeed() -> None:

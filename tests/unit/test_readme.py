@@ -19,6 +19,8 @@ RUN_BY = {
     "launch/pretrain.py": "tests/integration/test_training.py",
     "launch/report.py": "tests/integration/test_training.py",
     "launch/export.py": "tests/integration/test_training.py",
+    "launch/plan.py": "tests/unit/test_plan_cli.py",
+    "launch/grow.py": "tests/unit/test_grow_cli.py",
 }
 
 

@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking.config import LearningRateConfig, Stage
-from stacking.schedule import StagePosition, learning_rate, stage_at, stage_start
+from stacking.config import LearningRateConfig, Recipe, Rewarm, Stage
+from stacking.schedule import (
+    StagePosition,
+    learning_rate,
+    rewarm_factor,
+    stage_at,
+    stage_rates,
+    stage_start,
+)
 
 PEAK = 0.003
 STAGES = tuple(Stage(num_hidden_layers=n, steps=s) for n, s in ((1, 5), (2, 1), (4, 7)))
@@ -150,3 +157,40 @@ def test_a_step_outside_of_all_stages_is_our_bug() -> None:
         stage_at(13, STAGES)
     with pytest.raises(AssertionError, match="negative"):
         stage_at(-1, STAGES)
+
+
+def test_rewarming_is_a_ramp_to_a_factor_of_all_or_of_the_new_parameters() -> None:
+    everything = Rewarm(parameters="all", steps=4)
+    assert [rewarm_factor(s, everything, is_new=False) for s in range(6)] == [
+        0.25, 0.5, 0.75, 1.0, 1.0, 1.0,
+    ]  # fmt: skip
+    new = Rewarm(parameters="new", steps=2, start=1.0, factor=1.3)
+    assert [rewarm_factor(s, new, is_new=True) for s in range(4)] == pytest.approx(
+        [1.15, 1.3, 1.3, 1.3]
+    )
+    assert {rewarm_factor(s, new, is_new=False) for s in range(4)} == {1.0}
+    at_once = Rewarm(parameters="new", factor=1.25)
+    assert rewarm_factor(0, at_once, is_new=True) == 1.25
+    assert rewarm_factor(0, None, is_new=True) == 1.0
+
+
+def test_a_stages_rates_are_the_schedules_times_its_factors() -> None:
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"vocab_size": 50, "num_hidden_layers": 2},
+            "learning_rate": {"schedule": "linear", "peak": 0.01, "warmup_steps": 2},
+            "stages": [
+                {"num_hidden_layers": 1, "steps": 4},
+                {
+                    "num_hidden_layers": 2,
+                    "steps": 6,
+                    "rewarm": {"parameters": "new", "start": 1.0, "factor": 1.5, "steps": 5},
+                },
+            ],
+        }
+    )
+    for step in range(recipe.total_steps):
+        base = learning_rate(step, recipe.learning_rate, recipe.total_steps)
+        factor = 1.0 if step < 4 else min(1.5, 1.0 + 0.5 * (step - 3) / 5)
+        assert stage_rates(recipe, step) == pytest.approx((base, base * factor))

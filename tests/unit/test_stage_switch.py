@@ -5,15 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stacking import stage_switch
 from stacking.config import BertConfig, Recipe
 from stacking.dataset import MaskedLMBatch
 from stacking.errors import UserError
-from stacking.growth import promised_tolerance
 from stacking.growth.depth import DEPTH_OPERATORS
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.snapshot import Snapshot
-from stacking.stage_switch import SwitchReport, switch_stage
+from stacking.stage_growth import StageGrowth
+from stacking.stage_switch import Probe, SwitchReport, switch_stage
 
 MODEL = BertConfig(
     vocab_size=61,
@@ -71,14 +70,14 @@ def _batch() -> MaskedLMBatch:
 def _switch(recipe: Recipe) -> SwitchReport:
     old = Snapshot(_weights(recipe.stage_model(0)))
     build: Callable[..., None] = lambda snapshot: None  # noqa: E731 - the engine is not the point
-    probe = (_batch(), torch.device("cpu"))
+    probe = Probe(_batch(), torch.device("cpu"))
     return switch_stage(recipe, 1, lambda report: old, build, probe)[1]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("depth", sorted(DEPTH_OPERATORS))
 def test_every_depth_operator_keeps_what_it_promises(depth: str) -> None:
     report = _switch(_recipe(depth))
-    promise = promised_tolerance(*(_recipe(depth).stage_model(i) for i in (0, 1)), depth=depth)
+    promise = StageGrowth(_recipe(depth), 1).tolerance
     assert report.promised_tolerance == promise
     assert (promise is not None) == (depth == "identity_exact")
     if promise is None:
@@ -90,12 +89,25 @@ def test_every_depth_operator_keeps_what_it_promises(depth: str) -> None:
 
 
 def test_a_broken_promise_is_refused_or_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_switch, "promised_tolerance", lambda *_, **__: 1e-5)
+    monkeypatch.setattr(StageGrowth, "tolerance", 1e-5)
     with pytest.raises(UserError, match="promises to keep the function.*broken_promise"):
         _switch(_recipe("stack"))
     report = _switch(_recipe("stack", "warn"))
     assert "promises to keep the function to 1e-05, but the logits moved by" in report.warning
 
 
-def test_a_stage_of_equal_depth_promises_everything() -> None:
-    assert promised_tolerance(MODEL, MODEL, depth="stack") == 0.0
+def test_a_stage_of_the_same_model_promises_everything() -> None:
+    recipe = _recipe("stack")
+    longer = recipe.model_copy(update={"stages": (*recipe.stages, recipe.stages[1])})
+    assert StageGrowth(longer, 2).tolerance == 0.0
+    assert StageGrowth(longer, 2).name == "nothing"
+
+
+def test_the_report_says_what_grew_and_how_alike_the_copies_are() -> None:
+    recipe = _recipe("stack")
+    narrow = recipe.stages[0].model_copy(update={"intermediate_size": 16})
+    report = _switch(recipe.model_copy(update={"stages": (narrow, recipe.stages[1])}))
+    assert report.operator == "ffn tile + depth stack"
+    assert report.summary == "num_hidden_layers 2 -> 4, intermediate_size 16 -> 32"
+    assert report.duplicate_similarity == {"ffn": pytest.approx(1.0)}
+    assert report.promised_tolerance is None  # the depth's copies change the function

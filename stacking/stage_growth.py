@@ -1,0 +1,122 @@
+"""What happens to weights and moments between two stages of a recipe.
+
+A switch inside the running process, one in a new process, and `launch/plan.py` all ask here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from stacking import distributed
+from stacking.config import Learned, Recipe
+from stacking.growth.contract import parameter_shapes
+from stacking.growth.learned import learn_growth
+from stacking.growth.moments import carry_moments
+from stacking.growth.plan import Operators, plan_growth
+from stacking.growth.width_similarity import duplicate_similarity
+from stacking.snapshot import Snapshot
+
+CPU = torch.device("cpu")
+
+LearningBatches = Callable[[Learned], Iterable[Mapping[str, Tensor]]]
+"""Batches to learn a growth map on, as keyword arguments of BertForPreTraining.forward."""
+
+# What LiGO maps; the rest of a model's form is grown by its operators before.
+_LEARNED_FIELDS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+    "layer_intermediate_sizes",
+)  # fmt: skip
+
+
+class StageGrowth:
+    """The growth on entry of one stage."""
+
+    def __init__(self, recipe: Recipe, to_stage: int) -> None:
+        """Plan the growth from stage `to_stage - 1`; GrowthError where it is illegal."""
+        self.stage = recipe.stages[to_stage]
+        self.source, self.target = recipe.stage_model(to_stage - 1), recipe.stage_model(to_stage)
+        self._middle = self.target
+        if self.stage.learned:
+            kept = {name: getattr(self.source, name) for name in _LEARNED_FIELDS}
+            self._middle = self.target.model_copy(update=kept)
+        self.plan = plan_growth(self.source, self._middle, Operators.of(self.stage))
+        self._seed = recipe.seed + to_stage
+
+    @property
+    def name(self) -> str:
+        """The operators, as in reports."""
+        if not self.stage.learned:
+            return self.plan.name
+        return "learned" if not self.plan.moves else f"{self.plan.name} + learned"
+
+    @property
+    def tolerance(self) -> float | None:
+        """How far fp32 logits may move, relative to the largest; None: the function may change."""
+        return None if self.stage.learned else self.plan.tolerance()
+
+    @property
+    def changes(self) -> dict[str, tuple[object, object]]:
+        """The fields of the model that differ: before and after."""
+        before, after = self.source.model_dump(), self.target.model_dump()
+        return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+    def apply(
+        self,
+        old: Snapshot,
+        batches: LearningBatches | None = None,
+        device: torch.device = CPU,
+    ) -> Snapshot:
+        """The state that the new stage begins with; the same on all ranks.
+
+        Deterministic in its arguments. Collective where the growth is learned: the main rank
+        learns, on `batches`, and all get its weights, as two devices need not round alike; `device`
+        is this rank's own.
+        """
+        weights = self.plan.grow(old.weights, seed=self._seed)
+        if self.stage.learned is not None:
+            assert batches is not None, "learned growth needs batches"
+            weights = self._learn(weights, batches(self.stage.learned), self.stage.learned, device)
+            return Snapshot(weights, loss_scale=old.loss_scale)
+        carried = carry_moments(
+            self.plan, old.weights, old.moments, old.optimizer_steps, self.stage.moments
+        )
+        return Snapshot(
+            weights,
+            carried.moments,
+            carried.optimizer_steps,
+            carried.new_names,
+            old.loss_scale,  # it goes on, or fp16 would skip the stage's first steps
+        )
+
+    def _learn(
+        self,
+        weights: Mapping[str, Tensor],
+        batches: Iterable[Mapping[str, Tensor]],
+        learned: Learned,
+        device: torch.device,
+    ) -> dict[str, Tensor]:
+        """The main rank's learned weights, on every rank's CPU."""
+        found: dict[str, Tensor] = {}
+
+        def learn() -> None:
+            rate = learned.learning_rate
+            sizes = self._middle, self.target
+            found.update(
+                learn_growth(weights, *sizes, batches, learning_rate=rate, seed=self._seed)
+            )
+
+        distributed.on_main(learn)
+        return distributed.tensors_of_main(found, parameter_shapes(self.target), device)
+
+    def similarity(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean cosine between copies of the units that this growth duplicated, by kind of unit.
+
+        1: the copies are locked and the width is wasted. Of the grown model, at any later step;
+        empty where nothing was duplicated. See stacking/growth/width_similarity.py.
+        """
+        found: dict[str, float] = {}
+        for plan in self.plan.width_plans():
+            for kind, cosine in duplicate_similarity(weights, plan).items():
+                found[kind] = max(cosine, found.get(kind, -1.0))
+        return found

@@ -1,0 +1,143 @@
+"""Adam in the engine against one written by hand: cohorts of different age side by side."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from engines import CASES, STILL, build, fresh_weights, train
+from hand_written_adam import HandWrittenAdam, gradients, worst_share
+from ranks import run_on_ranks
+from torch import Tensor
+
+from stacking import distributed, engine
+from stacking.snapshot import Snapshot
+
+STEPS, RATE, NEW_RATE = 20, 1e-3, 3e-3
+OLD, SEEDED = 500, 37  # step counts
+MOST_DEVIATION = {"fp32": 1e-3, "bf16": 0.05}
+"""Of a parameter's way and of a moment; both by hand with the same rounding of the forward."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One engine beside the hand-written Adam, after the same steps."""
+
+    weights: float  # largest deviation of a parameter, as a share of its way
+    exp_avg: float  # of a moment, as a share of its size
+    exp_avg_sq: float
+    counts_are_equal: bool
+    new_names_are_kept: bool
+    clipped_steps: int
+    first_way: float  # of a new parameter in the first step, the largest share of that by hand
+
+
+def cohort(name: str) -> str:
+    """Old with both moments, seeded with the second one alone, or new and fresh."""
+    if name.startswith("encoder.layers.1."):
+        return "new"
+    return "seeded" if "head" in name else "old"
+
+
+def mixed() -> Snapshot:
+    """Three cohorts; the moments have the size of gradients."""
+    weights = fresh_weights(STILL)
+    generator = torch.Generator().manual_seed(11)
+    steps = {n: {"old": OLD, "seeded": SEEDED}[cohort(n)] for n in weights if cohort(n) != "new"}
+    mean = {n: 1e-3 * torch.randn(weights[n].shape, generator=generator) for n in steps}
+    square = {n: 1e-5 * (0.5 + torch.rand(weights[n].shape, generator=generator)) for n in steps}
+    for name in steps:
+        if cohort(name) == "seeded":
+            mean[name].zero_()
+    new = frozenset(name for name in weights if cohort(name) == "new")
+    return Snapshot(weights, {"exp_avg": mean, "exp_avg_sq": square}, steps, new)
+
+
+STARTS = {"fresh": lambda: Snapshot(fresh_weights(STILL)), "mixed": mixed}
+
+
+def compare(start: Snapshot, zero_stage: int, precision: str) -> Comparison:
+    """Train `start` in the engine and by hand."""
+    built = build(zero_stage, precision, start, STILL)
+    train(built, range(1), RATE, NEW_RATE)
+    first = built.snapshot()
+    train(built, range(1, STEPS), RATE, NEW_RATE)
+    end = built.snapshot()
+    built.destroy()
+    by_hand = HandWrittenAdam(start)
+    dtype = torch.float64 if precision == "fp32" else torch.bfloat16
+    first_by_hand: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        found = gradients(by_hand.weights, [*start.weights], step, dtype)
+        by_hand.step(found, RATE, NEW_RATE)
+        first_by_hand = first_by_hand or dict(by_hand.weights)
+    new = start.new_names or start.weights
+    return Comparison(
+        weights=worst_share(end.weights, by_hand.weights, since=start.weights),
+        exp_avg=worst_share(end.moments["exp_avg"], by_hand.moments["exp_avg"]),
+        exp_avg_sq=worst_share(end.moments["exp_avg_sq"], by_hand.moments["exp_avg_sq"]),
+        counts_are_equal=end.optimizer_steps == by_hand.counts,
+        new_names_are_kept=end.new_names == start.new_names,
+        clipped_steps=by_hand.clipped_steps,
+        first_way=max(
+            way(name, start, first.weights) / way(name, start, first_by_hand) for name in new
+        ),
+    )
+
+
+def way(name: str, start: Snapshot, weights: Mapping[str, Tensor]) -> float:
+    """How far a parameter has come."""
+    return float((weights[name].double() - start.weights[name].double()).norm())
+
+
+def compare_all() -> dict[str, Comparison]:
+    """Every start under every ZeRO stage and precision, in one process group."""
+    engine.start()
+    found = {
+        f"{kind} {zero_stage} {precision}": compare(start(), zero_stage, precision)
+        for zero_stage, precision in CASES
+        for kind, start in STARTS.items()
+    }
+    distributed.shut_down()
+    return found
+
+
+@functools.cache
+def compared_on(ranks: int) -> list[dict[str, Comparison]]:
+    """By rank."""
+    return run_on_ranks(compare_all, ranks)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize(("zero_stage", "precision"), CASES)
+def test_each_cohort_steps_as_adam_written_by_hand(
+    zero_stage: int, precision: str, kind: str, ranks: int
+) -> None:
+    for answers in compared_on(ranks):
+        found = answers[f"{kind} {zero_stage} {precision}"]
+        assert found.clipped_steps > STEPS / 2
+        assert found.counts_are_equal
+        assert found.new_names_are_kept
+        assert found.weights < MOST_DEVIATION[precision]
+        assert found.exp_avg < MOST_DEVIATION[precision]
+        assert found.exp_avg_sq < MOST_DEVIATION[precision]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("zero_stage", "precision"), CASES)
+def test_new_parameters_beside_old_ones_do_not_leap(
+    zero_stage: int, precision: str, ranks: int
+) -> None:
+    # The trap: the same fresh moments, with the step count of the old parameters.
+    start = mixed()
+    found = gradients(start.weights, [*start.weights], 0)
+    apart, shared = HandWrittenAdam(start), HandWrittenAdam(start)
+    shared.counts |= dict.fromkeys(start.new_names, 5000)
+    for by_hand in (apart, shared):
+        by_hand.step(found, RATE, NEW_RATE)
+    leaps = [way(n, start, shared.weights) / way(n, start, apart.weights) for n in start.new_names]
+    assert max(leaps) > 3
+    for answers in compared_on(ranks):
+        assert answers[f"mixed {zero_stage} {precision}"].first_way == pytest.approx(1, abs=0.01)
