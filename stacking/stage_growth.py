@@ -13,7 +13,7 @@ from stacking.config import Learned, Recipe
 from stacking.growth.contract import parameter_shapes
 from stacking.growth.learned import learn_growth
 from stacking.growth.moments import carry_moments
-from stacking.growth.plan import Operators, plan_growth
+from stacking.growth.plan import Operators, before_learning, plan_growth
 from stacking.growth.width_similarity import duplicate_similarity
 from stacking.snapshot import Snapshot
 
@@ -21,12 +21,6 @@ CPU = torch.device("cpu")
 
 LearningBatches = Callable[[Learned], Iterable[Mapping[str, Tensor]]]
 """Batches to learn a growth map on, as keyword arguments of BertForPreTraining.forward."""
-
-# What LiGO maps; the rest of a model's form is grown by its operators before.
-_LEARNED_FIELDS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
-    "layer_intermediate_sizes",
-)  # fmt: skip
 
 
 class StageGrowth:
@@ -36,10 +30,8 @@ class StageGrowth:
         """Plan the growth from stage `to_stage - 1`; GrowthError where it is illegal."""
         self.stage = recipe.stages[to_stage]
         self.source, self.target = recipe.stage_model(to_stage - 1), recipe.stage_model(to_stage)
-        self._middle = self.target
-        if self.stage.learned:
-            kept = {name: getattr(self.source, name) for name in _LEARNED_FIELDS}
-            self._middle = self.target.model_copy(update=kept)
+        is_learned = self.stage.learned is not None
+        self._middle = before_learning(self.source, self.target) if is_learned else self.target
         self.plan = plan_growth(self.source, self._middle, Operators.of(self.stage))
         self._seed = recipe.seed + to_stage
 

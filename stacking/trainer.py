@@ -153,6 +153,12 @@ class Trainer:
             self._manager.rewind(self._resume)
             return self._resume
         checkpoint, complaints = self._manager.latest_good()
+        if complaints and checkpoint is None:
+            raise CheckpointError(
+                f"--run-dir {self.folder.path}: none of its checkpoints can be read, so there is "
+                "nothing to continue, and runs are never overwritten; give another folder: "
+                + "; ".join(complaints)
+            )
         for complaint in complaints:
             self._log.say(f"skipping a checkpoint: {complaint}")
         return None if checkpoint is None else checkpoint.tag

@@ -7,7 +7,6 @@ from stacking.growth.plan import (
     grow_weights,
     growth_faults,
     plan_growth,
-    promised_tolerance,
     recipe_faults,
 )
 
@@ -18,6 +17,5 @@ __all__ = [
     "grow_weights",
     "growth_faults",
     "plan_growth",
-    "promised_tolerance",
     "recipe_faults",
 ]

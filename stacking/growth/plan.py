@@ -41,7 +41,6 @@ __all__ = [
     "grow_weights",
     "growth_faults",
     "plan_growth",
-    "promised_tolerance",
     "recipe_faults",
 ]
 
@@ -163,11 +162,6 @@ def grow_weights(
 ) -> dict[str, Tensor]:
     """Weights of `source` turned into weights of `target`: plan and act in one."""
     return plan_growth(source, target, operators).grow(weights, seed=seed)
-
-
-def promised_tolerance(source: BertConfig, target: BertConfig, *, depth: str) -> float | None:
-    """How far fp32 logits may move, relative to the largest; None: the function may change."""
-    return plan_growth(source, target, Operators(depth)).tolerance()
 
 
 def grow(
