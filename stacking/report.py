@@ -3,7 +3,7 @@
 import base64
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -92,7 +92,7 @@ def _page(run: RunMetrics) -> str:
         cards=_cards(summary),
         figures=_figures(run),
         stages=_stage_table(run),
-        switches=_switch_table(run.switches),
+        switches=_switch_table(run.switches) + _symmetry_table(run),
         environment=_environment(run),
     )
 
@@ -158,13 +158,14 @@ def _stage_table(run: RunMetrics) -> str:
 def _switch_table(switches: Sequence[SwitchRow]) -> str:
     if not switches:
         return "<p>No stage switch so far.</p>"
-    head = ("step", "layers", "operator", "loss before", "loss after", "change",
+    head = ("step", "what grew", "operators", "moments", "loss before", "loss after", "change",
             "largest logit change", "seconds", "seconds by part")  # fmt: skip
     rows = [
         (
             f"{row.global_step:,}",
-            f"{row.from_num_hidden_layers} &rarr; {row.to_num_hidden_layers}",
+            _changes(row.changes),
             html.escape(row.operator),
+            html.escape(row.moments),
             _number(row.loss_before),
             _number(row.loss_after),
             _signed(row.loss_after - row.loss_before),
@@ -175,6 +176,40 @@ def _switch_table(switches: Sequence[SwitchRow]) -> str:
         for row in switches
     ]
     return _table(head, rows)
+
+
+def _changes(changes: Mapping[str, tuple[str, str]]) -> str:
+    """One line a field: "hidden size 128 -> 256"."""
+    lines = (
+        f"{html.escape(name.removeprefix('num_').replace('_', ' '))} {html.escape(old)} &rarr; "
+        f"{html.escape(new)}"
+        for name, (old, new) in changes.items()
+    )
+    return "<br>".join(lines) or "nothing"
+
+
+def _symmetry_table(run: RunMetrics) -> str:
+    """Mean cosine between copies of duplicated units; empty where nothing was duplicated."""
+    measured = [(row.global_step, row.to_stage, row.similarity) for row in run.switches]
+    measured += [(row.global_step, row.stage, row.similarity) for row in run.symmetry]
+    kinds = list(dict.fromkeys(kind for _, _, similarity in measured for kind in similarity))
+    if not kinds:
+        return ""
+    rows = [
+        (
+            f"{step:,}",
+            str(stage + 1),
+            f"{step - run.first_step(stage):,}",
+            *(_number(similarity.get(kind, math.nan), 4) for kind in kinds),
+        )
+        for step, stage, similarity in sorted(measured, key=lambda row: row[:2])
+        if similarity
+    ]
+    table = _table(("step", "stage", "steps since growth", *kinds), rows)
+    return (
+        "<h2>Copies of duplicated units</h2><p>Mean cosine between each further copy and the "
+        f"first; copies that stay at 1 waste the width.</p>{table}"
+    )
 
 
 def _environment(run: RunMetrics) -> str:

@@ -64,14 +64,24 @@ class SwitchRow:
 
     global_step: int
     to_stage: int
-    from_num_hidden_layers: int
-    to_num_hidden_layers: int
+    changes: dict[str, tuple[str, str]]  # fields of the model that differ: before and after
     operator: str
+    moments: str
+    similarity: dict[str, float]  # mean cosine between copies of units, right after growth
     loss_before: float
     loss_after: float
     max_logit_difference: float
     seconds: float
     seconds_by_part: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SymmetryRow:
+    """How alike duplicated units are, some steps after they were made."""
+
+    global_step: int
+    stage: int
+    similarity: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class RunMetrics:
     train: tuple[TrainRow, ...]
     evaluations: tuple[EvaluationRow, ...]
     switches: tuple[SwitchRow, ...]
+    symmetry: tuple[SymmetryRow, ...]
     num_resumes: int
     is_finished: bool
 
@@ -136,6 +147,7 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
         train=tuple(_train(row) for row in _of_kind(kept, "train")),
         evaluations=tuple(_evaluation(row) for row in _of_kind(kept, "evaluation")),
         switches=tuple(_switch(row) for row in _of_kind(kept, "stage_switch")),
+        symmetry=tuple(_symmetry(row) for row in _of_kind(kept, "symmetry")),
         num_resumes=sum(row["event"] == "resume" for row in rows),
         is_finished=any(row["event"] == "run_end" for row in kept),
     )
@@ -228,21 +240,36 @@ def _evaluation(row: Row) -> EvaluationRow:
 
 
 def _switch(row: Row) -> SwitchRow:
-    parts = row.get("seconds_by_part")
+    changes = row["changes"]
+    if not isinstance(changes, dict):
+        raise TypeError(f"changes is {changes!r}, no object")
     return SwitchRow(
         global_step=_integer(row, "global_step"),
         to_stage=_integer(row, "to_stage"),
-        from_num_hidden_layers=_integer(row, "from_num_hidden_layers"),
-        to_num_hidden_layers=_integer(row, "to_num_hidden_layers"),
+        changes={str(name): (str(old), str(new)) for name, (old, new) in changes.items()},
         operator=str(row["operator"]),
+        moments=str(row["moments"]),
+        similarity=_floats(row, "duplicate_similarity"),
         loss_before=_float(row, "loss_before"),
         loss_after=_float(row, "loss_after"),
         max_logit_difference=_float(row, "max_logit_difference"),
         seconds=_float(row, "seconds"),
-        seconds_by_part=(
-            {str(name): _float(parts, name) for name in parts} if isinstance(parts, dict) else {}
-        ),
+        seconds_by_part=_floats(row, "seconds_by_part"),
     )
+
+
+def _symmetry(row: Row) -> SymmetryRow:
+    return SymmetryRow(
+        global_step=_integer(row, "global_step"),
+        stage=_integer(row, "stage"),
+        similarity=_floats(row, "duplicate_similarity"),
+    )
+
+
+def _floats(row: Row, key: str) -> dict[str, float]:
+    """Numbers by name; empty where there are none."""
+    parts = row.get(key)
+    return {str(name): _float(parts, name) for name in parts} if isinstance(parts, dict) else {}
 
 
 def _integer(row: Row, key: str, default: int | None = None) -> int:

@@ -43,17 +43,24 @@ def evaluation_row(step: int, stage: int, loss: float) -> Row:
 def switch_row(step: int) -> Row:
     return {
         "event": "stage_switch", "global_step": step, "from_stage": 0, "to_stage": 1,
-        "from_num_hidden_layers": 3, "to_num_hidden_layers": 6, "operator": "stack",
+        "changes": {"num_hidden_layers": [3, 6], "pooling": ["mean", "none"]},
+        "operator": "pooling end + depth stack", "moments": "keep",
+        "duplicate_similarity": {"ffn": 1.0},
         "loss_before": 5.5, "loss_after": 5.75, "max_logit_difference": 1.5, "seconds": 2.5,
         "seconds_by_part": {"save": 1.0, "grow": 0.25},
     }  # fmt: skip
+
+
+def symmetry_row(step: int, cosine: float) -> Row:
+    return {"event": "symmetry", "global_step": step, "stage": 1, "steps_in_stage": step - 6,
+            "duplicate_similarity": {"ffn": cosine}}  # fmt: skip
 
 
 def whole_run() -> list[Row]:
     return [
         start_row(), train_row(2, 0, 8.0), train_row(4, 0, 7.0), train_row(6, 0, 6.0),
         evaluation_row(6, 0, 6.125), switch_row(6), train_row(8, 1, 5.0), train_row(10, 1, 4.5),
-        evaluation_row(10, 1, 4.75), {"event": "run_end", "global_step": 10},
+        evaluation_row(10, 1, 4.75), symmetry_row(10, 0.875), {"event": "run_end", "global_step": 10},
     ]  # fmt: skip
 
 
@@ -189,3 +196,19 @@ def test_smoothing_keeps_a_constant_and_passes_over_gaps() -> None:
     assert smoothed([1.0, 2.0], 1) == [1.0, 2.0]
     # Weights of age 2: the newest counts double the one before.
     assert smoothed([0.0, 3.0], 2)[-1] == pytest.approx(2.0)
+
+
+def test_the_page_says_what_grew_and_whether_copies_come_apart(tmp_path: Path) -> None:
+    write(tmp_path, whole_run())
+    page = write_report(tmp_path).read_text()
+    assert "hidden layers 3 &rarr; 6<br>pooling mean &rarr; none" in page
+    assert "<td>keep</td>" in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("Copies of duplicated units") :])
+    assert cells[:8] == ["6", "2", "0", "1.0000", "10", "2", "4", "0.8750"]
+
+
+def test_a_run_that_duplicates_nothing_has_no_such_table(tmp_path: Path) -> None:
+    rows = [row for row in whole_run() if row["event"] != "symmetry"]
+    rows = [{**row, "duplicate_similarity": {}} for row in rows]
+    write(tmp_path, rows)
+    assert "Copies of duplicated units" not in write_report(tmp_path).read_text()
