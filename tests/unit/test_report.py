@@ -60,7 +60,8 @@ def whole_run() -> list[Row]:
     return [
         start_row(), train_row(2, 0, 8.0), train_row(4, 0, 7.0), train_row(6, 0, 6.0),
         evaluation_row(6, 0, 6.125), switch_row(6), train_row(8, 1, 5.0), train_row(10, 1, 4.5),
-        evaluation_row(10, 1, 4.75), symmetry_row(10, 0.875), {"event": "run_end", "global_step": 10},
+        evaluation_row(10, 1, 4.75), symmetry_row(10, 0.875),
+        {"event": "run_end", "global_step": 10},
     ]  # fmt: skip
 
 
