@@ -41,10 +41,13 @@ class Rewarm(Frozen):
     )
     steps: int = Field(default=0, ge=0, description="Optimizer steps from `start` to `factor`.")
     start: float = Field(
-        default=0.0, ge=0, description="Factor from which the ramp begins, before the first step."
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Factor from which the ramp begins, before the first step.",
     )
     factor: float = Field(
-        default=1.0, gt=0, description="Factor after the ramp, to the end of the stage."
+        default=1.0, gt=0, le=100, description="Factor after the ramp, to the end of the stage."
     )
 
 
@@ -52,9 +55,13 @@ class Learned(Frozen):
     """LiGO: the map from old to new weights is learned (Wang et al. 2023)."""
 
     steps: int = Field(default=100, gt=0, description="Optimizer steps on the map.")
-    learning_rate: float = Field(default=1e-3, gt=0, description="AdamW's rate for the map.")
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="AdamW's rate for the map.")
     batch_size: int = Field(
-        default=32, gt=0, le=LARGEST_SIZE, description="Training sequences per step."
+        default=32,
+        gt=0,
+        le=LARGEST_SIZE,
+        description="Training sequences per step, at most the global batch; the main rank computes "
+        "them at once.",
     )
 
 

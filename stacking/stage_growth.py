@@ -11,7 +11,7 @@ from torch import Tensor
 from stacking import distributed
 from stacking.config import Learned, Recipe
 from stacking.growth.contract import parameter_shapes
-from stacking.growth.learned import learn_growth
+from stacking.growth.learned import LearnedGrowth
 from stacking.growth.moments import carry_moments
 from stacking.growth.plan import Operators, before_learning, plan_growth
 from stacking.growth.width_similarity import duplicate_similarity
@@ -89,17 +89,27 @@ class StageGrowth:
         device: torch.device,
     ) -> dict[str, Tensor]:
         """The main rank's learned weights, on every rank's CPU."""
+        # One exchange a step: ranks that wait for minutes would take the main rank for dead.
+        learner: list[LearnedGrowth] = []
         found: dict[str, Tensor] = {}
-
-        def learn() -> None:
-            rate = learned.learning_rate
-            sizes = self._middle, self.target
-            found.update(
-                learn_growth(weights, *sizes, batches, learning_rate=rate, seed=self._seed)
-            )
-
-        distributed.on_main(learn)
+        feed = iter(batches)
+        distributed.on_main(lambda: learner.append(self._learner(weights, learned, device)))
+        for _ in range(learned.steps):
+            distributed.on_main(lambda: learner[0].step(next(feed)))
+        distributed.on_main(lambda: found.update(learner[0].result()))
         return distributed.tensors_of_main(found, parameter_shapes(self.target), device)
+
+    def _learner(
+        self, weights: Mapping[str, Tensor], learned: Learned, device: torch.device
+    ) -> LearnedGrowth:
+        return LearnedGrowth(
+            weights,
+            self._middle,
+            self.target,
+            device=device,
+            learning_rate=learned.learning_rate,
+            seed=self._seed,
+        )
 
     def similarity(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean cosine between copies of the units that this growth duplicated, by kind of unit.

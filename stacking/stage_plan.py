@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stacking.config import BertConfig, DataConfig, Freeze, Recipe
+from stacking.config import BertConfig, DataConfig, Freeze, Recipe, Stage
 from stacking.cost import (
     StateBytes,
     memory_bytes,
@@ -25,7 +25,8 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.errors import ConfigError
-from stacking.growth.plan import Operators, before_learning, plan_growth, recipe_faults
+from stacking.growth.legality import recipe_faults
+from stacking.growth.plan import Operators, before_learning, plan_growth
 from stacking.schedule import learning_rate, stage_start
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -35,6 +36,19 @@ LOWEST_CEILING = 1.1
 Gain) measured for stacking, 1.0 to 1.1."""
 ANY_GPU = Accelerator("cuda", supports_fp16=True, supports_bf16=True, fused_adam=True)
 """Plans are for a machine that runs each precision as the JSON asks for it."""
+
+
+_IN_WORDS = {"ffn": "inner width", "hidden": "hidden size"}
+_NEEDS = {
+    "depth": "depth",
+    "ffn": "inner width",
+    "hidden": "hidden size",
+    "heads": "hidden size",
+    "positions": "positions",
+    "moments": "model",
+    "broken_promise": "model",
+}
+"""What must grow into a stage for its choice to matter."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,11 @@ class RecipePlan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is legal and yet seldom wise, one line each."""
-        return (*_decay_warnings(self.recipe, self.stages), *_ceiling_warnings(self))
+        return (
+            *_decay_warnings(self.recipe, self.stages),
+            *_ceiling_warnings(self),
+            *_idle_warnings(self.recipe),
+        )
 
 
 def plan_recipe(recipe: Recipe, engine: DeepSpeedConfig, *, world_size: int) -> RecipePlan:
@@ -213,6 +231,31 @@ def _decay_warnings(recipe: Recipe, stages: Sequence[PlannedStage]) -> list[str]
         f"{', '.join(places)}; grown models recover best while it is constant: use schedule 'wsd' "
         "and switch before its decay"
     ]
+
+
+def _idle_warnings(recipe: Recipe) -> list[str]:
+    """Choices on entry that have no effect, as their dimension does not grow there."""
+    warnings = []
+    for index, stage in enumerate(recipe.stages):
+        grows = _growing_dimensions(recipe, index)
+        for name, needs in _NEEDS.items():
+            chosen = getattr(stage, name)
+            if chosen != Stage.model_fields[name].default and needs not in grows:
+                why = f"no {needs} grows there" if index else "nothing grows into the first stage"
+                warnings.append(f"stages.{index}.{name}: {chosen!r} has no effect: {why}")
+    return warnings
+
+
+def _growing_dimensions(recipe: Recipe, index: int) -> set[str]:
+    """What operators grow on entry; "model" if there is a stage before."""
+    if index == 0:
+        return set()
+    stage = recipe.stages[index]
+    source, target = recipe.stage_model(index - 1), recipe.stage_model(index)
+    if stage.learned:
+        target = before_learning(source, target)
+    moves = plan_growth(source, target, Operators.of(stage)).moves
+    return {"model"} | {_IN_WORDS.get(move.dimension, move.dimension) for move in moves}
 
 
 def _ceiling_warnings(plan: RecipePlan) -> list[str]:

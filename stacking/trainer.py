@@ -24,7 +24,7 @@ from stacking.deepspeed_config import (
 )
 from stacking.engine import TrainEngine
 from stacking.errors import CheckpointError, ConfigError
-from stacking.growth.plan import recipe_faults
+from stacking.growth.legality import recipe_faults
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
 from stacking.run_data import RunData
@@ -320,6 +320,9 @@ class Trainer:
         began = time.perf_counter()
         to_stage = self._state.stage + 1
         probe = self._data.probe(to_stage, engine.current_device())
+        learned = self.recipe.stages[to_stage].learned
+        if learned is not None:
+            self._log.say(f"learning a growth map in {learned.steps} steps on the main rank")
 
         def build(snapshot: Snapshot) -> TrainEngine:
             layers = self.recipe.stages[to_stage].num_hidden_layers

@@ -1,5 +1,6 @@
 """Growth operators: pure functions from weights at one size to weights at another."""
 
+from stacking.growth.legality import recipe_faults
 from stacking.growth.plan import (
     GrowthPlan,
     Operators,
@@ -7,7 +8,6 @@ from stacking.growth.plan import (
     grow_weights,
     growth_faults,
     plan_growth,
-    recipe_faults,
 )
 
 __all__ = [

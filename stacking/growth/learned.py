@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -202,54 +201,100 @@ def learn_growth(
     seed: int,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Weights of `source` turned into weights of `target`; fp32, CPU; the input is untouched.
+    """Weights of `source` turned into weights of `target`: LearnedGrowth from begin to end.
 
-    One AdamW step on the map for each batch; loss: MLM mean plus next-sentence mean, no dropout.
-    Deterministic in its arguments on one device. Memory there: `weights`, the map with gradient and
-    moments, the old layers at the new width and the grown model, both with gradients.
-
-    Args:
-        weights: by the names of BertForPreTraining's parameters.
-        source: the model that the weights belong to.
-        target: the model to be filled.
-        batches: keyword arguments of BertForPreTraining.forward, with masked_lm_ids, all on the
-            device to compute on.
-        learning_rate: AdamW's, constant; no weight decay.
-        seed: of the noise at the start.
-        on_step: called after each step with its number, from 0, and the loss before it.
-
-    Raises:
-        GrowthError: `learned_faults` finds faults, the weights are not `source`'s, there is no
-            batch or one without masked_lm_ids, or the loss or the result is not finite.
+    `batches`: one for each step, on the device to compute on; `on_step`: called after each step
+    with its number, from 0, and the loss before it. GrowthError as there, or without a batch.
     """
-    require_legal("learned growth", learned_faults(source, target))
-    require_tensors(weights, source, "the model to grow")
-    remaining = iter(batches)
-    first = next(remaining, None)
-    if first is None:
-        raise GrowthError("learned growth: got no batch; allowed: one for each step, at least 1")
-    device = first["input_ids"].device
-    fixed = {name: tensor.detach().to(device, torch.float32) for name, tensor in weights.items()}
-    start = initial_map(source, target, generator=torch.Generator().manual_seed(seed))
-    growth = start.to(device)
-    with torch.device("meta"):  # functional_call brings the weights
-        model = BertForPreTraining(target).eval()
-    optimizer = torch.optim.AdamW(growth.tensors.values(), lr=learning_rate, weight_decay=0.0)
-    for step, batch in enumerate(chain([first], remaining)):
-        loss = _loss(functional_call(model, growth.expand(fixed), (), dict(batch)), batch)
-        value = loss.item()
-        _require_finite(math.isfinite(value), f"the loss at step {step} is {value}", learning_rate)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    learner = None
+    for step, batch in enumerate(batches):
+        if learner is None:
+            device = batch["input_ids"].device
+            learner = LearnedGrowth(
+                weights, source, target, device=device, learning_rate=learning_rate, seed=seed
+            )
+        loss = learner.step(batch)
         if on_step is not None:
-            on_step(step, value)
-    with torch.no_grad():
-        grown = growth.expand(fixed)
+            on_step(step, loss)
+    if learner is None:
+        raise GrowthError("learned growth: got no batch; allowed: one for each step, at least 1")
+    return learner.result()
+
+
+class LearnedGrowth:
+    """A growth map on its way, step by step.
+
+    Deterministic in its arguments on one device. Memory there: the weights, the map with gradient
+    and moments, the old layers at the new width and the grown model, both with gradients.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        source: BertConfig,
+        target: BertConfig,
+        *,
+        device: torch.device,
+        learning_rate: float,
+        seed: int,
+    ) -> None:
+        """Begin with copies plus noise.
+
+        Args:
+            weights: by the names of BertForPreTraining's parameters; stay as they are.
+            source: the model that the weights belong to.
+            target: the model to be filled.
+            device: where to compute.
+            learning_rate: AdamW's, constant; no weight decay.
+            seed: of the noise.
+
+        Raises GrowthError where `learned_faults` finds faults or the weights are not `source`'s.
+        """
+        require_legal("learned growth", learned_faults(source, target))
+        require_tensors(weights, source, "the model to grow")
+        self._weights = {
+            name: tensor.detach().to(device, torch.float32) for name, tensor in weights.items()
+        }
+        start = initial_map(source, target, generator=torch.Generator().manual_seed(seed))
+        self._map = start.to(device)
+        with torch.device("meta"):  # functional_call brings the weights
+            self._model = BertForPreTraining(target).eval()
+        tensors = self._map.tensors.values()
+        self._optimizer = torch.optim.AdamW(tensors, lr=learning_rate, weight_decay=0.0)
+        self._learning_rate = learning_rate
+        self._steps = 0
+
+    def step(self, batch: Mapping[str, Tensor]) -> float:
+        """One AdamW step on the map; the loss before it: MLM mean plus next-sentence mean, nats.
+
+        `batch`: keyword arguments of BertForPreTraining.forward, with masked_lm_ids, on the device.
+        GrowthError without these, or if the loss is not finite.
+        """
+        grown = self._map.expand(self._weights)
+        loss = _loss(functional_call(self._model, grown, (), dict(batch)), batch)
+        value = loss.item()
+        self._require_finite(math.isfinite(value), f"the loss at step {self._steps} is {value}")
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self._steps += 1
+        return value
+
+    @torch.no_grad()
+    def result(self) -> dict[str, Tensor]:
+        """The grown weights, fp32, CPU; GrowthError if one is not finite."""
+        grown = self._map.expand(self._weights)
         for name, tensor in grown.items():
             is_finite = bool(tensor.isfinite().all())
-            _require_finite(is_finite, f"{name} has an infinite or undefined number", learning_rate)
+            self._require_finite(is_finite, f"{name} has an infinite or undefined number")
         return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in grown.items()}
+
+    def _require_finite(self, is_finite: bool, what: str) -> None:
+        if not is_finite:
+            raise GrowthError(
+                f"learned growth: {what}, with learning rate {self._learning_rate}; use a smaller "
+                "learned.learning_rate, or look whether the smaller model's weights are finite"
+            )
 
 
 def learned_faults(source: BertConfig, target: BertConfig) -> list[str]:
@@ -311,14 +356,6 @@ def _loss(outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
 
 def _counted(labels: Tensor) -> Tensor:
     return (labels != IGNORED_LABEL).sum().clamp(min=1)
-
-
-def _require_finite(is_finite: bool, what: str, learning_rate: float) -> None:
-    if not is_finite:
-        raise GrowthError(
-            f"learned growth: {what}, with learning rate {learning_rate}; use a smaller "
-            "learned.learning_rate, or look whether the smaller model's weights are finite"
-        )
 
 
 def _kinds_of(short: str) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stacking.config import BertConfig, DataConfig, Recipe, Stage
+from stacking.config import BertConfig
 from stacking.errors import GrowthError
 from stacking.growth.contract import (
     Kind,
@@ -19,7 +19,6 @@ from stacking.growth.contract import (
     require_tensors,
 )
 from stacking.growth.depth import DEPTH_OPERATORS, LAYER_FIELDS, DepthGrowth
-from stacking.growth.learned import learned_faults
 from stacking.growth.moves import (
     GROWABLE,
     INNER_FIELDS,
@@ -41,7 +40,6 @@ __all__ = [
     "grow_weights",
     "growth_faults",
     "plan_growth",
-    "recipe_faults",
 ]
 
 
@@ -132,16 +130,6 @@ def growth_faults(
     return list(dict.fromkeys(faults))
 
 
-def recipe_faults(recipe: Recipe) -> list[str]:
-    """Every illegal growth of a recipe, as "stages.2.depth: got ..."; no engine, no weights."""
-    faults = []
-    for index, stage in enumerate(recipe.stages):
-        found = _pooling_faults(recipe.stage_model(index), recipe.stage_data(index))
-        found += _entry_faults(recipe, index) if index else _first_stage_faults(stage)
-        faults += [f"stages.{index}.{fault}" for fault in found]
-    return faults
-
-
 def before_learning(source: BertConfig, target: BertConfig) -> BertConfig:
     """`target` without what a learned map then grows: what operators grow `source` into first."""
     kept = {name: getattr(source, name) for name in LEARNED_FIELDS}
@@ -182,68 +170,6 @@ def grow(
     weights = grow_weights(weights, model.config, target, operators=operators, seed=seed)
     grown.load_state_dict(weights)
     return grown
-
-
-def _pooling_faults(model: BertConfig, data: DataConfig) -> list[str]:
-    """A window as long as the sequence; one over all tokens but [CLS] is coarse, but a pool."""
-    if model.pooling == "none" or model.pooling_size < data.max_seq_length:
-        return []
-    return [
-        f"pooling_size: got {model.pooling_size} with sequences of {data.max_seq_length} tokens; "
-        f"allowed: 2 to {data.max_seq_length - 1}, because [CLS] stays outside the pool"
-    ]
-
-
-def _first_stage_faults(stage: Stage) -> list[str]:
-    """What asks for a model before the first."""
-    if stage.learned is None:
-        return []
-    return [
-        f"learned: got {stage.learned.steps} steps in the first stage, where nothing grows; "
-        "allowed: from the second stage on"
-    ]
-
-
-def _entry_faults(recipe: Recipe, index: int) -> list[str]:
-    """The growth on entry of stage `index` > 0, by the names of the stage's own fields."""
-    stage, operators = recipe.stages[index], Operators.of(recipe.stages[index])
-    source, target = recipe.stage_model(index - 1), recipe.stage_model(index)
-    if stage.learned:
-        middle = before_learning(source, target)
-        faults = growth_faults(source, middle, operators) or learned_faults(middle, target)
-        faults += _learned_stage_faults(stage)
-    else:
-        faults = growth_faults(source, target, operators)
-        if not faults and stage.rewarm and stage.rewarm.parameters == "new":
-            faults = _rewarm_faults(plan_growth(source, target, operators))
-    # A stage states no positions: they follow from its sequences.
-    return [fault.replace("max_position_embeddings:", "max_seq_length:", 1) for fault in faults]
-
-
-def _learned_stage_faults(stage: Stage) -> list[str]:
-    """What needs old numbers, of which a map that mixes all layers leaves none."""
-    faults = []
-    if stage.moments != "reset":
-        faults.append(
-            f"moments: got {stage.moments!r} with a learned map, which mixes all layers, so that "
-            "no number has a history; allowed: 'reset'"
-        )
-    if stage.rewarm and stage.rewarm.parameters == "new":
-        faults.append(
-            "rewarm.parameters: got 'new' with a learned map, after which all parameters are; "
-            "allowed: 'all'"
-        )
-    return faults
-
-
-def _rewarm_faults(plan: GrowthPlan) -> list[str]:
-    """Only depth and an untied decoder bring whole parameters; width makes old ones larger."""
-    if any(move.dimension in ("decoder", "depth") for move in plan.moves):
-        return []
-    return [
-        f"rewarm.parameters: got 'new' where no parameter is wholly new (growth: {plan.name}); "
-        "allowed: 'all', or a growth in depth or by an untied decoder"
-    ]
 
 
 def _fresh_weights(config: BertConfig, generator: torch.Generator) -> dict[str, Tensor]:

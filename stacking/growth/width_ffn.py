@@ -113,25 +113,29 @@ class FfnZero(WidthOperator):
 class FfnAki(WidthOperator):
     """The further units of layer l are those of layer l + 1; not exact.
 
-    Chen et al. 2022 (bert2BERT), advanced knowledge initialisation.
+    Chen et al. 2022 (bert2BERT), advanced knowledge initialisation. The noise is this project's:
+    the last layer, which has no next one, repeats its own units.
     """
 
     name: str = "aki"
+    noise: float = NOISE
 
     def contract(self, config: BertConfig) -> Contract:
         """Nothing is preserved."""
         return inexact(
-            "copies come from different layers; the last layer's: asymmetric optimizer state only",
+            "copies come from different layers; the last layer's own: "
+            + ("noise" if self.noise else "asymmetric optimizer state only"),
             "Chen et al. 2022 (bert2BERT), AKI",
         )
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """Any larger size."""
-        return _faults(source, target)
+        return _faults(source, target) + noise_faults(self.noise)
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Equal shares; further copies from the next layer."""
-        return WidthPlan(inner=_inner(source, target, cyclic_units), extra_from_next=True)
+        units = _inner(source, target, cyclic_units)
+        return WidthPlan(inner=units, extra_from_next=True, noise=self.noise)
 
 
 FFN_OPERATORS: dict[str, WidthOperator] = {

@@ -129,26 +129,29 @@ class HiddenAki(WidthOperator):
     """The further units and heads of layer l are those of layer l + 1; any ratio; not exact.
 
     Chen et al. 2022 (bert2BERT), AKI. Embeddings, LayerNorms and heads of the model as in
-    'fpi'.
+    'fpi'. The noise is this project's: embeddings, the model's heads and the last layer, which has
+    no next one, repeat their own units.
     """
 
     name: str = "aki"
+    noise: float = NOISE
     heads: HeadGrowth = "replicate"
 
     def contract(self, config: BertConfig) -> Contract:
         """Nothing is preserved."""
         return inexact(
-            "copies come from different layers; embeddings through them",
+            "copies come from different layers; the last layer's, embeddings and heads: "
+            + ("noise" if self.noise else "asymmetric optimizer state only"),
             "Chen et al. 2022 (bert2BERT), AKI",
         )
 
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """Any ratio at one head size."""
-        return _faults(source, target)
+        return _faults(source, target) + noise_faults(self.noise)
 
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
         """Equal shares; further copies from the next layer."""
-        return _plan(source, target, heads=self.heads, extra_from_next=True)
+        return _plan(source, target, heads=self.heads, extra_from_next=True, noise=self.noise)
 
 
 HiddenOperator = HiddenDuplicate | HiddenUneven | HiddenFpi | HiddenAki
@@ -237,10 +240,12 @@ def _faults(source: BertConfig, target: BertConfig) -> list[str]:
         )
     before, after = source.num_attention_heads, target.num_attention_heads
     if old * after != new * before:
+        head_size = old // before
+        fitting = f" or {new // head_size} heads for {new}" if new % head_size == 0 else ""
         faults.append(
             f"num_attention_heads: got {after} after {before} with hidden_size {new} after {old}, "
-            f"which changes the head size from {old // before} to {new // after}; allowed: heads "
-            "and hidden size that grow together; "
-            f"give {after * (old // before)} hidden units for {after} heads"
+            f"which changes the head size from {head_size} to {new // after}; allowed: heads of "
+            f"{head_size} as before; give {after * head_size} hidden units for {after} heads"
+            f"{fitting}, or other sizes before"
         )
     return faults

@@ -21,7 +21,8 @@ _MEMBERS = {
 
 
 def duplicate_similarity(tensors: Mapping[str, Tensor], plan: WidthPlan) -> dict[str, float]:
-    """Mean cosine between each further copy of a unit and its first copy, by what they read.
+    """Mean cosine between each further copy of a unit and its first copy, by what they read; of the
+    tensor where it is largest, so that one locked layer is seen.
 
     1: the copies compute the same and the width is wasted; units without a copy do not count. Noise
     on what a unit itself reads lowers its cosine at once, although the copies still compute the
@@ -29,18 +30,16 @@ def duplicate_similarity(tensors: Mapping[str, Tensor], plan: WidthPlan) -> dict
     Keys, where they grow: ffn (rows of W1), heads (rows of QKV), hidden (rows of W_O and W2),
     embeddings (columns), mlm_head and pooler (rows of their Linear).
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, float] = {}
     for name, tensor in tensors.items():
         for key, members in _MEMBERS.items():
             units = _units_of(key, name, plan)
             if short_name(name) in members and units is not None:
                 vectors = _unit_vectors(key, tensor.detach().double(), units)
-                found.setdefault(key, []).append(_cosines_with_first(vectors, units))
-    return {
-        key: cosines.mean().item()
-        for key, parts in found.items()
-        if (cosines := torch.cat(parts)).numel()
-    }
+                cosines = _cosines_with_first(vectors, units)
+                if cosines.numel():
+                    found[key] = max(found.get(key, -1.0), cosines.mean().item())
+    return found
 
 
 def _units_of(key: str, name: str, plan: WidthPlan) -> Units | None:

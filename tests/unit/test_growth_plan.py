@@ -397,6 +397,22 @@ RECIPE_FAULTS: list[tuple[list[dict[str, object]], str]] = [
         r"stages\.1\.rewarm\.parameters: got 'new' with a learned map",
     ),
     (
+        [{}, {**FULL, "learned": {**LEARNED, "batch_size": 9999}}],
+        r"stages\.1\.learned\.batch_size: got 9999; allowed: at most global_batch_size",
+    ),
+    (
+        [{}, {**FULL, "depth": "random", "freeze": {"layers": 4}}, FULL],
+        r"stages\.1\.freeze\.layers: got 4, but depth 'random' draws layer 2 .* allowed: 1 to 2",
+    ),
+    (
+        [{}, {**FULL, "depth": "identity_exact", "freeze": {"layers": 3}}, FULL],
+        r"stages\.1\.freeze\.layers: got 3, but depth 'identity_exact' draws layer 2",
+    ),
+    (
+        [{"max_seq_length": 16}, {**FULL, "positions": "fresh", "freeze": {"layers": 1}}, FULL],
+        r"stages\.1\.positions: got 'fresh' in a stage that freezes the embeddings",
+    ),
+    (
         [{"pooling": "mean", "pooling_size": 2}, {"learned": LEARNED}, FULL],
         r"stages\.1\.learned: got a stage in which neither layers nor hidden nor inner size grow",
     ),

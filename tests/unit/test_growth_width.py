@@ -378,7 +378,7 @@ def test_aki_takes_further_units_from_the_next_layer() -> None:
 def test_hidden_aki_takes_further_heads_from_the_next_layer_on_all_inputs() -> None:
     source = config_of()
     target, small = with_heads(source, 4), random_weights(source)
-    large = grown(HiddenAki(), small, source, target)
+    large = grown(HiddenAki(noise=0.0), small, source, target)
     following = small["encoder.layers.1.attention.qkv.weight"].view(3, 3, 4, 12)[:, 0]
     further = large[QKV].view(3, 4, 4, 16)[:, 3]
     torch.testing.assert_close(further[..., 4:12], following[..., 4:])

@@ -10,7 +10,7 @@ from stacking.config_loading import load_recipe, recipe_schema_text, resolved_js
 from stacking.config_model import BertConfig
 from stacking.deepspeed_config import Accelerator, load_deepspeed_config, resolve_stages
 from stacking.deepspeed_schema import OWNED_BY_RECIPE, REFUSED, REMOVED, EngineSettings
-from stacking.growth.plan import recipe_faults
+from stacking.growth.legality import recipe_faults
 from stacking.schedule import learning_rate, stage_start
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -295,3 +295,16 @@ def test_the_json_has_the_same_figures() -> None:
     memory = values["memory"]
     assert (memory["stage"], memory["world_size"], memory["zero_stage"]) == (4, 4, 1)
     assert memory["bytes_per_rank_by_zero_stage"]["0"]["total"] == plan.memory()[0].total
+
+
+def test_choices_without_effect_are_told() -> None:
+    changes = (
+        "stages.0.moments=keep", "stages.0.ffn=split", "stages.1.hidden=aki",
+        "stages.1.depth=interleave", "stages.1.moments=grow",
+    )  # fmt: skip
+    warnings = [line for line in planned("modern_small", *changes).warnings if "no effect" in line]
+    assert warnings == [
+        "stages.0.ffn: 'split' has no effect: nothing grows into the first stage",
+        "stages.0.moments: 'keep' has no effect: nothing grows into the first stage",
+        "stages.1.hidden: 'aki' has no effect: no hidden size grows there",
+    ]
