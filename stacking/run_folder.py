@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from stacking.config import Recipe
+from stacking.config_loading import resolved_json
 from stacking.errors import CheckpointError, ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -86,7 +87,7 @@ class RunFolder:
             if self._has_begun():
                 self._check_same_tokenizer(data_dir)
                 return
-            write_text(self.recipe, recipe.model_dump_json(indent=1) + "\n")
+            write_text(self.recipe, resolved_json(recipe))
             self.tokenizer.mkdir(exist_ok=True)
             for name in TOKENIZER_FILES:
                 if (data_dir / name).exists():

@@ -2,36 +2,87 @@
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection, wait
 
 from launching import free_port
 
 Task = Callable[..., object]
 
+LIMIT = 480.0  # seconds for all answers; below pytest's own limit
+GRACE = 20.0  # for the other ranks after a fault of one, and for every rank to end
 
-def run_on_ranks(task: Task, ranks: int, *arguments: object) -> list[object]:
-    """`task(*arguments)` on every rank; what each returned, by rank. Fails with their traceback."""
+
+def run_on_ranks(
+    task: Task, ranks: int, *arguments: object, limit: float = LIMIT, grace: float = GRACE
+) -> list[object]:
+    """`task(*arguments)` on every rank; what each returned, by rank.
+
+    AssertionError with what each faulty rank said or how it ended. No child outlives the call.
+    """
     context = multiprocessing.get_context("spawn")
-    answers: SimpleQueue[tuple[int, bool, object]] = context.SimpleQueue()
     port = free_port()
-    processes = [
-        context.Process(target=_child, args=(task, rank, ranks, port, arguments, answers))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=240)
-        process.kill()
-    results = {}
-    while not answers.empty():
-        rank, is_good, answer = answers.get()
-        assert is_good, f"rank {rank}:\n{answer}"
-        results[rank] = answer
-    assert sorted(results) == list(range(ranks)), f"only ranks {sorted(results)} answered"
-    return [results[rank] for rank in range(ranks)]
+    readers: list[Connection] = []
+    processes = []
+    try:
+        for rank in range(ranks):
+            reader, writer = context.Pipe(duplex=False)
+            child = context.Process(
+                target=_child, args=(task, rank, ranks, port, arguments, writer)
+            )
+            child.start()
+            writer.close()  # the child's alone: its end is the end of the pipe
+            readers.append(reader)
+            processes.append(child)
+        answers, faults = _read(readers, limit, grace)
+        # Only now: a child does not end before its whole answer is read.
+        deadline = time.monotonic() + grace
+        for rank, child in enumerate(processes):
+            child.join(max(0.0, deadline - time.monotonic()))
+            if child.exitcode is None:
+                faults.setdefault(rank, f"did not end within {grace:.0f} s of the answers; killed")
+            elif child.exitcode or rank not in answers:
+                text = f"ended with exit code {child.exitcode}"
+                faults[rank] = f"{faults[rank]}\n{text}" if rank in faults else text
+    finally:
+        for child in processes:
+            child.kill()
+            child.join()
+    assert not faults, "\n".join(f"rank {rank}: {faults[rank]}" for rank in sorted(faults))
+    return [answers[rank] for rank in range(ranks)]
+
+
+def _read(
+    readers: list[Connection], limit: float, grace: float
+) -> tuple[dict[int, object], dict[int, str]]:
+    """Answers and faults by rank; after a first fault the others have `grace` seconds left."""
+    answers: dict[int, object] = {}
+    faults: dict[int, str] = {}
+    open_ranks = {id(reader): rank for rank, reader in enumerate(readers)}
+    allowed, begin = limit, time.monotonic()
+    while open_ranks:
+        waiting = [reader for reader in readers if id(reader) in open_ranks]
+        ready = wait(waiting, max(0.0, begin + allowed - time.monotonic()))
+        if not ready:
+            break
+        for reader in ready:
+            assert isinstance(reader, Connection)
+            rank = open_ranks.pop(id(reader))
+            try:
+                is_good, answer = reader.recv()
+            except EOFError:
+                is_good, answer = False, "no answer"
+            if is_good:
+                answers[rank] = answer
+            else:
+                faults[rank] = str(answer)
+                allowed = min(allowed, time.monotonic() - begin + grace)
+    seconds = time.monotonic() - begin
+    for rank in open_ranks.values():
+        faults[rank] = f"no answer after {seconds:.0f} s; killed"
+    return answers, faults
 
 
 def _child(
@@ -40,14 +91,15 @@ def _child(
     ranks: int,
     port: int,
     arguments: tuple[object, ...],
-    answers: "SimpleQueue[tuple[int, bool, object]]",
+    writer: Connection,
 ) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )  # fmt: skip
     try:
-        answers.put((rank, True, task(*arguments)))
-    except BaseException:  # a process boundary: the parent fails with this text
-        answers.put((rank, False, traceback.format_exc()))
+        writer.send((True, task(*arguments)))
+    except Exception:  # a process boundary: the parent fails with this text
+        writer.send((False, traceback.format_exc()))
         raise
+    # What is no Exception, such as SystemExit, ends the process without an answer: a fault, too.
