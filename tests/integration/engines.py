@@ -1,9 +1,12 @@
 """Engines of a tiny model for the integration tests, and a training state to put into them."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from stacking import distributed
 from stacking.config import BertConfig, Freeze, OptimizerConfig
@@ -21,6 +24,18 @@ STILL = CONFIG.model_copy(update={"hidden_dropout_prob": 0.0, "attention_probs_d
 OPTIMIZER = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.999), eps=1e-7, max_grad_norm=0.5)
 CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 """ZeRO stage and precision; stage 0 has no 16 bits."""
+Case = tuple[int, str, str, int]
+"""ZeRO stage, precision, a name and the number of ranks."""
+
+
+def quick_and_slow(cases: Sequence[Case], quick: Collection[Case]) -> list[ParameterSet]:
+    """Parameters of a test; those that are not quick are marked slow."""
+    return [
+        pytest.param(
+            case, id="-".join(map(str, case)), marks=() if case in quick else pytest.mark.slow
+        )
+        for case in cases
+    ]
 
 
 @dataclass(frozen=True)

@@ -60,16 +60,14 @@ def _read(
     """Answers and faults by rank; after a first fault the others have `grace` seconds left."""
     answers: dict[int, object] = {}
     faults: dict[int, str] = {}
-    open_ranks = {id(reader): rank for rank, reader in enumerate(readers)}
-    allowed, begin = limit, time.monotonic()
-    while open_ranks:
-        waiting = [reader for reader in readers if id(reader) in open_ranks]
-        ready = wait(waiting, max(0.0, begin + allowed - time.monotonic()))
+    begin = time.monotonic()
+    silent = dict(enumerate(readers))
+    while silent:
+        ready = wait(silent.values(), max(0.0, begin + limit - time.monotonic()))
         if not ready:
             break
-        for reader in ready:
-            assert isinstance(reader, Connection)
-            rank = open_ranks.pop(id(reader))
+        for rank in [rank for rank, reader in silent.items() if reader in ready]:
+            reader = silent.pop(rank)
             try:
                 is_good, answer = reader.recv()
             except EOFError:
@@ -78,9 +76,9 @@ def _read(
                 answers[rank] = answer
             else:
                 faults[rank] = str(answer)
-                allowed = min(allowed, time.monotonic() - begin + grace)
+                limit = min(limit, time.monotonic() - begin + grace)
     seconds = time.monotonic() - begin
-    for rank in open_ranks.values():
+    for rank in silent:
         faults[rank] = f"no answer after {seconds:.0f} s; killed"
     return answers, faults
 

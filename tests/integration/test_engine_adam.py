@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engines import CASES, STILL, build, fresh_weights, train
+from engines import CASES, STILL, Case, build, fresh_weights, quick_and_slow, train
 from hand_written_adam import HandWrittenAdam, gradients, worst_share
 from ranks import run_on_ranks
 from torch import Tensor
@@ -91,45 +91,52 @@ def way(name: str, start: Snapshot, weights: Mapping[str, Tensor]) -> float:
     return float((weights[name].double() - start.weights[name].double()).norm())
 
 
-def compare_all() -> dict[str, Comparison]:
-    """Every start under every ZeRO stage and precision, in one process group."""
+EVERYWHERE = [(*case, kind, ranks) for ranks in (1, 2) for case in CASES for kind in STARTS]
+QUICK = [
+    (1, "bf16", "mixed", 1), (3, "bf16", "fresh", 1), (0, "fp32", "mixed", 2),
+    (1, "fp32", "mixed", 2), (2, "fp32", "fresh", 2), (3, "fp32", "mixed", 2),
+    (2, "bf16", "mixed", 2),
+]  # fmt: skip
+"""Every ZeRO stage with every precision; the other cases are slow ones."""
+
+
+def compare_all(cases: list[Case]) -> dict[Case, Comparison]:
+    """In one process group."""
     engine.start()
-    found = {
-        f"{kind} {zero_stage} {precision}": compare(start(), zero_stage, precision)
-        for zero_stage, precision in CASES
-        for kind, start in STARTS.items()
-    }
+    found = {case: compare(STARTS[case[2]](), *case[:2]) for case in cases}
     distributed.shut_down()
     return found
 
 
 @functools.cache
-def compared_on(ranks: int) -> list[dict[str, Comparison]]:
+def compared_on(ranks: int, is_quick: bool) -> list[dict[Case, Comparison]]:
+    """By rank; the slow cases in processes of their own."""
+    cases = [case for case in EVERYWHERE if case[3] == ranks and (case in QUICK) == is_quick]
+    return run_on_ranks(compare_all, ranks, cases)  # type: ignore[return-value]
+
+
+def compared(case: Case) -> list[Comparison]:
     """By rank."""
-    return run_on_ranks(compare_all, ranks)  # type: ignore[return-value]
+    return [answers[case] for answers in compared_on(case[3], case in QUICK)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", STARTS)
-@pytest.mark.parametrize(("zero_stage", "precision"), CASES)
-def test_each_cohort_steps_as_adam_written_by_hand(
-    zero_stage: int, precision: str, kind: str, ranks: int
-) -> None:
-    for answers in compared_on(ranks):
-        found = answers[f"{kind} {zero_stage} {precision}"]
+@pytest.mark.parametrize("case", quick_and_slow(EVERYWHERE, QUICK))
+def test_each_cohort_steps_as_adam_written_by_hand(case: Case) -> None:
+    most = MOST_DEVIATION[case[1]]
+    for found in compared(case):
         assert found.clipped_steps > STEPS / 2
         assert found.counts_are_equal
         assert found.new_names_are_kept
-        assert found.weights < MOST_DEVIATION[precision]
-        assert found.exp_avg < MOST_DEVIATION[precision]
-        assert found.exp_avg_sq < MOST_DEVIATION[precision]
+        assert found.weights < most
+        assert found.exp_avg < most
+        assert found.exp_avg_sq < most
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("zero_stage", "precision"), CASES)
-def test_new_parameters_beside_old_ones_do_not_leap(
-    zero_stage: int, precision: str, ranks: int
-) -> None:
+MIXED = [case for case in EVERYWHERE if case[2] == "mixed"]
+
+
+@pytest.mark.parametrize("case", quick_and_slow(MIXED, QUICK))
+def test_new_parameters_beside_old_ones_do_not_leap(case: Case) -> None:
     # The trap: the same fresh moments, with the step count of the old parameters.
     start = mixed()
     found = gradients(start.weights, [*start.weights], 0)
@@ -139,5 +146,5 @@ def test_new_parameters_beside_old_ones_do_not_leap(
         by_hand.step(found, RATE, NEW_RATE)
     leaps = [way(n, start, shared.weights) / way(n, start, apart.weights) for n in start.new_names]
     assert max(leaps) > 3
-    for answers in compared_on(ranks):
-        assert answers[f"mixed {zero_stage} {precision}"].first_way == pytest.approx(1, abs=0.01)
+    for found_here in compared(case):
+        assert found_here.first_way == pytest.approx(1, abs=0.01)

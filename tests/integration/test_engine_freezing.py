@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engines import CASES, STILL, build, fresh_weights, train
+from engines import CASES, STILL, Case, build, fresh_weights, quick_and_slow, train
 from hand_written_adam import HandWrittenAdam, gradients, norm, worst_share
 from ranks import run_on_ranks
 from torch import Tensor
@@ -135,41 +135,42 @@ def train_by_hand(
     return by_hand, norm(found)
 
 
-def freeze_everywhere() -> dict[str, Stages]:
-    """Every kind of freezing under every ZeRO stage and precision, in one process group."""
+EVERYWHERE = [(*case, kind, ranks) for ranks in (1, 2) for case in CASES for kind in FREEZES]
+QUICK = [
+    (1, "fp32", "all", 1), (2, "bf16", "but the decoder", 1), (3, "bf16", "all", 1),
+    (0, "fp32", "all", 2), (1, "bf16", "but the decoder", 2), (2, "fp32", "but the decoder", 2),
+    (3, "fp32", "all", 2),
+]  # fmt: skip
+"""Every ZeRO stage with every precision; the other cases are slow ones."""
+
+
+def freeze_everywhere(cases: list[Case]) -> dict[Case, Stages]:
+    """In one process group."""
     sizes: list[int] = []
     record_reductions(sizes)
     engine.start()
-    found = {
-        f"{kind} {zero_stage} {precision}": freeze_and_thaw(zero_stage, precision, freeze, sizes)
-        for zero_stage, precision in CASES
-        for kind, freeze in FREEZES.items()
-    }
+    found = {case: freeze_and_thaw(case[0], case[1], FREEZES[case[2]], sizes) for case in cases}
     distributed.shut_down()
     return found
 
 
 @functools.cache
-def frozen_on(ranks: int) -> list[dict[str, Stages]]:
-    """By rank."""
-    return run_on_ranks(freeze_everywhere, ranks)  # type: ignore[return-value]
+def frozen_on(ranks: int, is_quick: bool) -> list[dict[Case, Stages]]:
+    """By rank; the slow cases in processes of their own."""
+    cases = [case for case in EVERYWHERE if case[3] == ranks and (case in QUICK) == is_quick]
+    return run_on_ranks(freeze_everywhere, ranks, cases)  # type: ignore[return-value]
 
 
-CASE = pytest.mark.parametrize(
-    ("zero_stage", "precision", "kind", "ranks"),
-    [(*case, kind, ranks) for ranks in (1, 2) for case in CASES for kind in FREEZES],
-)
+CASE = pytest.mark.parametrize("case", quick_and_slow(EVERYWHERE, QUICK))
 
 
-def stages_of(zero_stage: int, precision: str, kind: str, ranks: int) -> list[Stages]:
-    return [answers[f"{kind} {zero_stage} {precision}"] for answers in frozen_on(ranks)]
+def stages_of(case: Case) -> list[Stages]:
+    return [answers[case] for answers in frozen_on(case[3], case in QUICK)]
 
 
 @CASE
-def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(
-    zero_stage: int, precision: str, kind: str, ranks: int
-) -> None:
-    for found in stages_of(zero_stage, precision, kind, ranks):
+def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(case: Case) -> None:
+    for found in stages_of(case):
         assert found.is_kept
         assert found.copies_are_kept
         assert found.moves_what_trains
@@ -177,10 +178,9 @@ def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(
 
 
 @CASE
-def test_what_is_frozen_has_no_moments_and_no_gradients_to_reduce(
-    zero_stage: int, precision: str, kind: str, ranks: int
-) -> None:
-    for found in stages_of(zero_stage, precision, kind, ranks):
+def test_what_is_frozen_has_no_moments_and_no_gradients_to_reduce(case: Case) -> None:
+    zero_stage, _, _, ranks = case
+    for found in stages_of(case):
         # ZeRO pads its partitions, of each group or parameter; norms and flags are reduced too.
         here = 2 * found.num_trained / (ranks if zero_stage else 1)
         assert here <= found.state_numel < 1.02 * here + 100
@@ -188,10 +188,9 @@ def test_what_is_frozen_has_no_moments_and_no_gradients_to_reduce(
 
 
 @CASE
-def test_norm_and_clipping_are_of_what_trains(
-    zero_stage: int, precision: str, kind: str, ranks: int
-) -> None:
-    for found in stages_of(zero_stage, precision, kind, ranks):
+def test_norm_and_clipping_are_of_what_trains(case: Case) -> None:
+    zero_stage, precision, _, _ = case
+    for found in stages_of(case):
         assert found.deviation < MOST_DEVIATION[precision]
         if zero_stage:  # ZeRO-0 in fp32 does not tell its norm
             close = 1e-3 if precision == "fp32" else 0.05
@@ -199,9 +198,7 @@ def test_norm_and_clipping_are_of_what_trains(
 
 
 @CASE
-def test_kept_moments_go_on_and_thawed_parameters_start_afresh(
-    zero_stage: int, precision: str, kind: str, ranks: int
-) -> None:
-    for found in stages_of(zero_stage, precision, kind, ranks):
+def test_kept_moments_go_on_and_thawed_parameters_start_afresh(case: Case) -> None:
+    for found in stages_of(case):
         assert found.counts == {(True, STEPS)}
         assert found.counts_after == {(True, STEPS + 2), (False, 2)}

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import dataclass
 
 import psutil
 import pytest
@@ -16,7 +17,6 @@ from stacking.snapshot import Snapshot
 
 def interrupted_and_whole(zero_stage: int, precision: str) -> tuple[list[float], list[float], bool]:
     """Losses of 3 + 3 steps with a rebuild between, of 6 steps at once, and equality of state."""
-    engine.start()
     first = build(zero_stage, precision, Snapshot(fresh_weights()))
     losses = train(first, range(3))
     middle = first.snapshot()
@@ -35,33 +35,56 @@ def interrupted_and_whole(zero_stage: int, precision: str) -> tuple[list[float],
         and torch.equal(end.moments["exp_avg_sq"][name], reference.moments["exp_avg_sq"][name])
         for name in reference.weights
     )
-    distributed.shut_down()
     return losses, expected, is_same
-
-
-@pytest.mark.parametrize(("zero_stage", "precision"), CASES)
-def test_a_rebuilt_engine_continues_bit_for_bit(zero_stage: int, precision: str) -> None:
-    for answer in run_on_ranks(interrupted_and_whole, 2, zero_stage, precision):
-        assert isinstance(answer, tuple)
-        losses, expected, is_same = answer
-        assert losses == expected
-        assert is_same
 
 
 def masters_after_a_build(zero_stage: int) -> float:
     """Largest difference between weights given to a bf16 engine and those it gives back."""
-    engine.start()
     weights = fresh_weights()
     built = build(zero_stage, "bf16", Snapshot(weights))
     back = built.snapshot().weights
     built.destroy()
-    distributed.shut_down()
     return max(float((back[name] - weights[name]).abs().max()) for name in weights)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What one rank found, by ZeRO stage and precision, or by ZeRO stage."""
+
+    rebuilds: dict[tuple[int, str], tuple[list[float], list[float], bool]]
+    masters: dict[int, float]
+
+
+def rebuild_everywhere() -> Answer:
+    """In one process group."""
+    engine.start()
+    rebuilds = {case: interrupted_and_whole(*case) for case in CASES}
+    masters = {zero_stage: masters_after_a_build(zero_stage) for zero_stage in (1, 2, 3)}
+    distributed.shut_down()
+    return Answer(rebuilds, masters)
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[Answer]:
+    """By rank."""
+    return run_on_ranks(rebuild_everywhere, 2)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_rebuilt_engine_continues_bit_for_bit(
+    case: tuple[int, str], answers: list[Answer]
+) -> None:
+    for answer in answers:
+        losses, expected, is_same = answer.rebuilds[case]
+        assert losses == expected
+        assert is_same
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_fp32_masters_survive_a_bf16_engine_unrounded(zero_stage: int) -> None:
-    assert run_on_ranks(masters_after_a_build, 2, zero_stage) == [0.0, 0.0]
+def test_fp32_masters_survive_a_bf16_engine_unrounded(
+    zero_stage: int, answers: list[Answer]
+) -> None:
+    assert [answer.masters[zero_stage] for answer in answers] == [0.0, 0.0]
 
 
 def switch_many_times(zero_stage: int, switches: int) -> dict[str, object]:

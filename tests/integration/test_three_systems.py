@@ -3,15 +3,20 @@ every stage, export, transformers."""
 
 import json
 import re
+import runpy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from launching import ROOT, pretrain, rows, script
+from launching import LAUNCH, ROOT, rows
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
+from stacking import distributed, engine
 from stacking.config import Recipe
 from stacking.config_loading import load_recipe
 from stacking.growth.contract import parameter_shapes
@@ -75,19 +80,39 @@ CASES = {
 }
 
 
+def train(commands: dict[str, list[str]]) -> None:
+    """Each command line in turn, all in one process group: only the start is paid for once.
+
+    test_training.py starts runs as a user does.
+    """
+    engine.start()
+    main = runpy.run_path(str(LAUNCH / "pretrain.py"))["main"]
+    with patch.object(distributed, "shut_down", lambda: None):  # which ends every run
+        for name, words in commands.items():
+            with patch.object(sys, "argv", ["pretrain.py", *words]):
+                assert main() == 0, name
+    distributed.shut_down()
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of every recipe, trained on two ranks."""
+    folder = tmp_path_factory.mktemp("systems")
+    commands = {}
+    for name, case in CASES.items():
+        places = ["--data", str(tiny_data), "--run-dir", str(folder / name)]
+        settings = ["--deepspeed_config", str(case.config), "--recipe", str(RECIPES / case.recipe)]
+        changes = [word for change in case.changes for word in ("--set", change)]
+        commands[name] = [*places, *settings, *changes]
+    run_on_ranks(train, 2, commands)
+    return {name: folder / name for name in CASES}
+
+
 @pytest.fixture(scope="module", params=CASES)
-def run(
-    request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Recipe, Path]:
-    """The recipe, and the folder of its run on two ranks."""
+def run(request: pytest.FixtureRequest, run_dirs: dict[str, Path]) -> tuple[Recipe, Path]:
+    """The recipe, and the folder of its run."""
     case = CASES[request.param]
-    run_dir = tmp_path_factory.mktemp(request.param) / "run"
-    recipe = RECIPES / case.recipe
-    changes = [word for change in case.changes for word in ("--set", change)]
-    arguments = ["--recipe", recipe, "--data", tiny_data, "--run-dir", run_dir, *changes]
-    done = pretrain(2, *arguments, "--deepspeed_config", case.config)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return load_recipe(recipe, case.changes), run_dir
+    return load_recipe(RECIPES / case.recipe, case.changes), run_dirs[request.param]
 
 
 def weights(run_dir: Path, tag: str) -> dict[str, torch.Tensor]:
@@ -148,7 +173,8 @@ def test_switches_are_logged_with_what_grew(run: tuple[Recipe, Path]) -> None:
 
 def test_the_final_model_loads_in_transformers(run: tuple[Recipe, Path], tmp_path: Path) -> None:
     _, run_dir = run
-    done = script("export.py", run_dir, "--out", tmp_path / "hf")
-    assert done.returncode == 0, done.stderr
+    command = runpy.run_path(str(LAUNCH / "export.py"))
+    checkpoint = command["find_checkpoint"](run_dir, None)
+    assert command["export"](run_dir, checkpoint, tmp_path / "hf").max_logit_difference < 1e-4
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf")
     assert bool(torch.isfinite(model(input_ids=torch.tensor([[2, 7, 9, 3]])).logits).all())

@@ -309,7 +309,7 @@ def test_aki_takes_units_of_the_next_layer_only_where_it_has_the_same_form() -> 
     source = config_of(layer_intermediate_sizes=[5, 5, 3, 5])
     target = config_of(layer_intermediate_sizes=[8, 8, 3, 8])
     small = random_tensors(source)
-    large = FfnAki().grow(small, source, target)
+    large = FfnAki(noise=0.0).grow(small, source, target)
     for layer, origin in [(0, 1), (1, 1), (3, 3)]:
         further = large[f"encoder.layers.{layer}.feed_forward.inner.weight"][5:]
         own = small[f"encoder.layers.{origin}.feed_forward.inner.weight"]
@@ -343,7 +343,7 @@ def test_depth_copies_layers_of_every_form_and_refuses_others() -> None:
         HiddenUneven(heads="zero"),
         HiddenFpi(heads="zero", noise=0.0),
         HiddenFpi(fan_in="rms", heads="zero", noise=0.0),
-        HiddenAki(heads="zero"),
+        HiddenAki(heads="zero", noise=0.0),
     ],
     ids=str,
 )
