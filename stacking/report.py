@@ -137,8 +137,8 @@ def _figures(run: RunMetrics) -> str:
 
 
 def _stage_table(run: RunMetrics) -> str:
-    head = ("stage", "layers", "parameters", "steps", "tokens/s (median)", "training time",
-            "first train loss", "last train loss", "validation loss")  # fmt: skip
+    head = ("stage", "layers", "parameters", "trained", "steps", "tokens/s (median)",
+            "training time", "first train loss", "last train loss", "validation loss")  # fmt: skip
     rows = []
     for index, stage in enumerate(run.start.stages):
         train = run.train_rows(index)
@@ -148,6 +148,7 @@ def _stage_table(run: RunMetrics) -> str:
         done = train[-1].global_step - run.first_step(index) if train else 0
         rows.append((
             str(index + 1), str(stage.num_hidden_layers), f"{stage.num_parameters:,}",
+            f"{stage.num_trained:,}",
             f"{done:,} of {stage.steps:,}", _number(median(rates) if rates else math.nan, 0),
             _duration(run.stage_seconds(index)), _number(losses[0]), _number(losses[-1]),
             _number(validated[-1] if validated else math.nan),

@@ -17,7 +17,8 @@ class StagePlan:
 
     num_hidden_layers: int
     steps: int
-    num_parameters: int  # 0 where the run did not write it
+    num_parameters: int
+    num_trained: int
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def _start(row: Row) -> RunStart:
             StagePlan(
                 _integer(stage, "num_hidden_layers"),
                 _integer(stage, "steps"),
-                _integer(stage, "num_parameters", 0),
+                _integer(stage, "num_parameters"),
+                _integer(stage, "num_trained"),
             )
             for stage in stages
         ),

@@ -6,8 +6,8 @@ import torch
 
 from stacking import distributed, metrics
 from stacking.checkpoint import TrainState
-from stacking.config import BertConfig, Recipe
-from stacking.cost import num_parameters, training_flops
+from stacking.config import BertConfig, Recipe, Stage
+from stacking.cost import num_parameters, trained_parameters, training_flops
 from stacking.engine import TrainEngine
 from stacking.errors import UserError
 from stacking.progress import ProgressReporter
@@ -63,7 +63,7 @@ class RunLog:
         models = [recipe.stage_model(stage) for stage in range(len(recipe.stages))]
         self._log.write("run_start", {
             "name": recipe.name, "total_steps": recipe.total_steps,
-            "stages": [_stage_row(model, stage.steps)
+            "stages": [_stage_row(model, stage)
                        for model, stage in zip(models, recipe.stages, strict=True)],
             "world_size": distributed.world_size(), "device": str(self._device),
             "precision": self._precision, "unigram_loss": unigram_loss,
@@ -186,9 +186,13 @@ class RunLog:
         )
 
 
-def _stage_row(model: BertConfig, steps: int) -> dict[str, int]:
-    layers = model.num_hidden_layers
-    return {"num_hidden_layers": layers, "steps": steps, "num_parameters": num_parameters(model)}
+def _stage_row(model: BertConfig, stage: Stage) -> dict[str, int]:
+    return {
+        "num_hidden_layers": model.num_hidden_layers,
+        "steps": stage.steps,
+        "num_parameters": num_parameters(model),
+        "num_trained": trained_parameters(model, stage.freeze),
+    }
 
 
 def _nats(value: object) -> str:

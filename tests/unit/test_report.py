@@ -17,7 +17,8 @@ Row = dict[str, object]
 
 
 def start_row(steps: Sequence[int] = (6, 4), name: str = "tiny") -> Row:
-    stages = [{"num_hidden_layers": 3 * 2**index, "steps": count, "num_parameters": 1000 + index}
+    stages = [{"num_hidden_layers": 3 * 2**index, "steps": count, "num_parameters": 1000 + index,
+               "num_trained": 500 + index}
               for index, count in enumerate(steps)]  # fmt: skip
     return {
         "event": "run_start", "name": name, "total_steps": sum(steps), "stages": stages,
@@ -141,7 +142,7 @@ def test_the_page_shows_the_numbers_of_each_stage_and_switch(tmp_path: Path) -> 
     write(tmp_path, whole_run())
     text = write_report(tmp_path).read_text()
     for shown in ("4.750", "6.250", "1.500", "12.5%", "3 &rarr; 6", "+0.250", "grow 0.25",
-                  "6 of 6", "4 of 4", "1,001", "bf16"):  # fmt: skip
+                  "6 of 6", "4 of 4", "1,001", "501", "bf16"):  # fmt: skip
         assert shown in text, shown
     assert "Unfinished" not in text
 
