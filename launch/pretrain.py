@@ -13,6 +13,7 @@ from stacking import Trainer, distributed
 from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import load_deepspeed_config
 from stacking.errors import UserError
+from stacking.stopping import StopLimits, parse_duration
 from stacking.trainer import Outcome
 
 
@@ -31,6 +32,14 @@ def parse_arguments() -> argparse.Namespace:
         help="change one recipe value, such as learning_rate.peak=1e-3; repeatable")  # fmt: skip
     add("--resume", default="auto", metavar="auto|never|TAG",
         help="continue a run (default), insist on a new one, or continue a tag")  # fmt: skip
+    add(
+        "--time-limit",
+        default=None,
+        metavar="2h",
+        help="stop after this time, committed and resumable, with exit code 3 (2h, 90m, 1d12h)",
+    )
+    add("--max-steps", type=int, default=None, metavar="N",
+        help="stop likewise when the whole run has done N optimizer steps")  # fmt: skip
     add("--strict-precision", action="store_true",
         help="refuse to run in another precision than the JSON's")  # fmt: skip
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -48,6 +57,10 @@ def main() -> int:
             run_dir=arguments.run_dir,
             resume=arguments.resume,
             strict_precision=arguments.strict_precision,
+            limits=StopLimits(
+                None if arguments.time_limit is None else parse_duration(arguments.time_limit),
+                arguments.max_steps,
+            ),
         )
         outcome = trainer.fit()
     except (UserError, OSError) as error:

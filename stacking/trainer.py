@@ -34,7 +34,7 @@ from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
 from stacking.stage_growth import StageGrowth
 from stacking.stage_switch import SwitchReport, switch_stage
-from stacking.stopping import StopRequest
+from stacking.stopping import StopLimits, StopRequest
 
 
 class Outcome(Enum):
@@ -56,6 +56,7 @@ class Trainer:
         run_dir: Path,
         resume: str = "auto",
         strict_precision: bool = False,
+        limits: StopLimits | None = None,
     ) -> None:
         """Refuse a growth that is not possible (ConfigError), the same on all ranks.
 
@@ -69,12 +70,14 @@ class Trainer:
         self._data_dir = data_dir
         self._resume = resume
         self._strict_precision = strict_precision
+        self._limits = limits or StopLimits()
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
+        self._is_stopping = False
 
     def fit(self) -> Outcome:
-        """Train to the end, or to the first signal. Collective."""
+        """Train to the end, to a limit or to the first signal. Collective."""
         try:
             accelerator = engine.start()
             distributed.together(lambda: self._prepare(accelerator))
@@ -83,7 +86,7 @@ class Trainer:
             stages = len(self.recipe.stages)
             with (
                 ProgressReporter(self.recipe.total_steps, stages) as progress,
-                StopRequest() as self._stop,
+                StopRequest(self._limits.seconds) as self._stop,
             ):
                 self._log = RunLog(
                     self.recipe,
@@ -132,6 +135,9 @@ class Trainer:
             self._state = checkpoint.state
             self._log.run_end(self._state)
             return Outcome.DONE
+        elif checkpoint.state.global_step >= (self._limits.steps or self.recipe.total_steps):
+            self._state = checkpoint.state
+            return self._stopped()
         else:
             self._continue(checkpoint)
         last_stage = len(self.recipe.stages) - 1
@@ -140,7 +146,13 @@ class Trainer:
                 self._save(f"stage{last_stage + 1}_end")
                 self._log.run_end(self._state)
                 return Outcome.DONE
+            if self._is_stopping:
+                self._save(f"stage{self._state.stage + 1}_end")
+                break
             self._switch(self._leave_stage)
+        return self._stopped()
+
+    def _stopped(self) -> Outcome:
         step = self._state.global_step
         self._log.say(f"stopped after step {step}, everything is saved; the same command continues")
         return Outcome.STOPPED
@@ -203,7 +215,7 @@ class Trainer:
     # -- one stage -----------------------------------------------------------------------------
 
     def _train_stage(self) -> bool:
-        """Train to the stage's last step; False if a signal came first."""
+        """Train to the stage's last step; False if a signal or a limit came first."""
         assert self._engine is not None
         device = self._engine.device
         end = stage_start(self._state.stage + 1, self.recipe.stages)
@@ -215,12 +227,12 @@ class Trainer:
             is_last = step == end
             saves = step % self.recipe.checkpoint.every_steps == 0
             evaluates = step % self.recipe.evaluation.every_steps == 0 or is_last
-            is_logged = step % log_every == 0 or evaluates or saves
+            is_limit = step == self._limits.steps
+            is_logged = step % log_every == 0 or evaluates or saves or is_limit
             # On a GPU the wish to stop is read only where the host waits anyway.
-            if device.type == "cpu" or is_logged:
-                is_stopping = bool(stop.item() > 0) and not is_last
-            else:
-                is_stopping = False
+            is_read = device.type == "cpu" or is_logged
+            self._is_stopping = is_limit or (is_read and bool(stop.item() > 0))
+            is_stopping = self._is_stopping and not is_last
             if is_logged or is_stopping:
                 self._log_window(window)
             if evaluates:

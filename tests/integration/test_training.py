@@ -183,6 +183,31 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_3(tiny_data: Path, tmp_p
     assert any((run_dir / "checkpoints").glob("step_*/COMMITTED"))
 
 
+def test_limits_stop_a_run_which_then_goes_on_as_if_it_had_not(
+    whole_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "limited"
+    recipe = load_recipe(RECIPE, CHANGES)
+    first_stage = recipe.stages[0].steps
+    for steps in (first_stage - 3, first_stage):  # inside a stage, and at its end
+        done = pretrain(2, *arguments(tiny_data, run_dir), "--max-steps", steps)
+        assert done.returncode == 3, done.stdout + done.stderr
+        assert f"stopped after step {steps}, everything is saved" in done.stdout
+        assert rows(run_dir, "train")[-1]["global_step"] == steps
+        assert not rows(run_dir, "stage_switch")
+    done = pretrain(2, *arguments(tiny_data, run_dir), "--max-steps", 10**6, "--time-limit", "2h")
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs = {row["global_step"]: row for row in rows(whole_run, "train")}
+    ours = {row["global_step"]: row for row in rows(run_dir, "train")}
+    assert ours.keys() >= theirs.keys()
+    for step, row in theirs.items():
+        assert ours[step]["sample_hash"] == row["sample_hash"]
+    for after in (row for row in rows(run_dir, "evaluation")):
+        same = [row for row in rows(whole_run, "evaluation")
+                if row["global_step"] == after["global_step"]]  # fmt: skip
+        assert [row["val_loss"] for row in same] == [after["val_loss"]] * len(same)
+
+
 def _ranks_below(pid: int) -> list[int]:
     """Processes of pretrain.py itself, not of its launchers."""
     found = []

@@ -32,7 +32,7 @@ FLAGS = {
     "prepare_data.py check": {JSON, "--tokenizer"},
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
-        "--strict-precision",
+        "--strict-precision", "--time-limit", "--max-steps",
     },
     "export.py": {"--out", "--tag", JSON},
     "report.py": {JSON},
