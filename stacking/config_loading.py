@@ -116,7 +116,7 @@ def _read_with_bases(path: Path, readers: tuple[Path, ...]) -> JsonObject:
     base = document.pop("extends", None)
     if base is None:
         return document
-    if not isinstance(base, str):
+    if not isinstance(base, str) or "\0" in base:
         raise ConfigError(f"{path}: extends: got {show(base)}; allowed: the path of a recipe")
     trail = (*readers, path.resolve())
     base_path = path.parent / base

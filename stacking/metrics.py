@@ -49,8 +49,17 @@ def last_row(path: Path, event: str = "") -> dict[str, object] | None:
     if not path.exists():
         return None
     lines = path.read_bytes().splitlines(keepends=True)
-    rows = (json.loads(line) for line in reversed(lines) if line.endswith(b"\n"))
-    return next((row for row in rows if event in ("", row["event"])), None)
+    rows = (_row(line) for line in reversed(lines) if line.endswith(b"\n"))
+    return next((row for row in rows if row and event in ("", row["event"])), None)
+
+
+def _row(line: bytes) -> dict[str, object] | None:
+    """A line of the file; None where it is damaged, as a full disk or an editor can leave it."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "event" in row else None
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,12 @@ def test_extends_merges_objects_and_replaces_lists_along_a_chain(tmp_path: Path)
     assert recipe.seed == 9
 
 
+def test_a_base_that_is_no_path_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"extends": "a\0.json"})
+    with pytest.raises(ConfigError, match=r"extends: got .*; allowed: the path of a recipe"):
+        load_recipe(path)
+
+
 def test_extends_in_a_circle_or_to_nowhere_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"extends": "b.json"}, "a.json")
     write(tmp_path, {"extends": "a.json"}, "b.json")

@@ -69,6 +69,14 @@ def test_last_row_is_the_newest_of_its_kind(tmp_path: Path) -> None:
     assert last_row(tmp_path / "absent", "train") is None
 
 
+def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "train", "global_step": 1}\n\x00\xff junk\n[1]\n"a"\n{}\n')
+    assert last_row(path) == {"event": "train", "global_step": 1}
+    path.write_bytes(b"\x00\xff\n")
+    assert last_row(path) is None
+
+
 def test_window_means_are_over_tokens_not_over_batches() -> None:
     window = Window(torch.device("cpu"))
     window.add(torch.tensor([6.0, 0.0, 1.0]), [batch([[3, -100]])], 0.5)
