@@ -175,3 +175,15 @@ def test_grown_moments_go_on_like_the_small_models_where_growth_is_exact() -> No
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their)
     assert math.isfinite(float(ours[0].sum()))
+
+
+def test_a_tensor_of_two_origins_takes_the_larger_count() -> None:
+    """AKI fills layer 0's further units from layer 1: their second moments are warm, too."""
+    plan = plan_growth(SMALL, WIDE, Operators(ffn="aki"))
+    weights, moments = state(3)
+    for counts in ((900, 70), (70, 900)):
+        steps = {name: counts[layer(name) or 0] for name in weights}
+        carried = carry_moments(plan, weights, moments, steps, "grow")
+        inner = "encoder.layers.{}.feed_forward.inner.weight"
+        assert carried.optimizer_steps[inner.format(0)] == 900
+        assert carried.optimizer_steps[inner.format(1)] == counts[1]

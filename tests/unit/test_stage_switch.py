@@ -96,6 +96,15 @@ def test_a_broken_promise_is_refused_or_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "promises to keep the function to 1e-05, but the logits moved by" in report.warning
 
 
+def test_the_promise_is_kept_to_the_last_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = _switch(_recipe("stack")).relative_logit_difference
+    monkeypatch.setattr(StageGrowth, "tolerance", 1.1 * measured)
+    assert _switch(_recipe("stack")).warning == ""
+    monkeypatch.setattr(StageGrowth, "tolerance", 0.9 * measured)
+    with pytest.raises(UserError, match="promises to keep the function"):
+        _switch(_recipe("stack"))
+
+
 def test_a_stage_of_the_same_model_promises_everything() -> None:
     recipe = _recipe("stack")
     longer = recipe.model_copy(update={"stages": (*recipe.stages, recipe.stages[1])})
