@@ -149,8 +149,8 @@ class PretrainingLoader:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
+        kind: type[Exception] | None,
+        error: Exception | None,
         trace: TracebackType | None,
     ) -> None:
         """Stop the reader thread."""
@@ -304,9 +304,7 @@ class _Prefetcher:
     """Runs an endless iterator in a daemon thread, a bounded number of steps ahead."""
 
     def __init__(self, steps: Iterator[list[MaskedLMBatch]]) -> None:
-        self._queue: queue.Queue[list[MaskedLMBatch] | BaseException] = queue.Queue(
-            PREFETCHED_STEPS
-        )
+        self._queue: queue.Queue[list[MaskedLMBatch] | Exception] = queue.Queue(PREFETCHED_STEPS)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(steps,), name="shard-reader", daemon=True
@@ -316,7 +314,7 @@ class _Prefetcher:
     def take(self) -> list[MaskedLMBatch]:
         """Return the next step; what the thread raised is raised here, in every later call too."""
         item = self._queue.get()
-        if isinstance(item, BaseException):
+        if isinstance(item, Exception):
             self._queue.put(item)
             raise item
         return item
@@ -331,10 +329,10 @@ class _Prefetcher:
             for step in steps:
                 if not self._put(step):
                     return
-        except BaseException as error:  # Carried to the consumer, which raises it.
+        except Exception as error:  # a thread's boundary: carried to the consumer, which raises it
             self._put(error)
 
-    def _put(self, item: list[MaskedLMBatch] | BaseException) -> bool:
+    def _put(self, item: list[MaskedLMBatch] | Exception) -> bool:
         """Wait for room; False when told to stop."""
         while not self._stopped.is_set():
             try:

@@ -6,7 +6,7 @@ the layer's own input instead of the input of that layer below.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +15,17 @@ from torch import Tensor
 from stacking.config import BertConfig
 from stacking.growth.contract import (
     Contract,
-    Kind,
+    GrowthOperator,
+    Request,
     fixed_faults,
     parameter_shapes,
-    require_legal,
-    require_tensors,
 )
 
 _QKV = re.compile(r"^encoder\.layers\.(\d+)\.attention\.qkv\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
-class Unshare:
+class Unshare(GrowthOperator):
     """Some or all layers that share attention get queries and keys; values stay.
 
     Moments: no law, as the old model had no such gradient; they come along with the copies.
@@ -52,25 +51,11 @@ class Unshare:
             )
         return faults
 
-    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
-        """All are copies."""
-        return False
-
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Copies, and [Q, K, V] where there was V; see GrowthOperator.grow."""
-        require_legal(self.name, self.check(source, target))
-        require_tensors(tensors, source, "the model to grow")
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """Copies, and [Q, K, V] where there was V."""
+        tensors, source = request.tensors, request.source
         grown = {}
-        for name in parameter_shapes(target):
+        for name in parameter_shapes(request.target):
             match = _QKV.match(name)
             if match is None or name in tensors:
                 grown[name] = tensors[name].detach().clone()
@@ -80,7 +65,7 @@ class Unshare:
             # [3H, ...]: rows of Q, K and V in thirds.
             whole = tensors[f"encoder.layers.{used}.attention.qkv.{leaf}"].detach()
             queries_and_keys = whole[: 2 * len(whole) // 3]
-            if kind == "is_old":
+            if request.kind == "is_old":
                 queries_and_keys = torch.zeros_like(queries_and_keys)
             value = tensors[f"encoder.layers.{layer}.attention.value.{leaf}"].detach()
             grown[name] = torch.cat([queries_and_keys, value])

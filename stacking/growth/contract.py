@@ -5,10 +5,11 @@ whether the function that the model computes stays as it was, how exactly, and h
 were duplicated come apart in training; the tests hold it to that.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,21 +50,35 @@ class Contract:
     source: str
 
 
-class GrowthOperator(Protocol):
+@dataclass(frozen=True)
+class Request:
+    """What an operator is asked for; checked by GrowthOperator.grow, whose arguments these are."""
+
+    tensors: Mapping[str, Tensor]
+    source: BertConfig
+    target: BertConfig
+    kind: Kind
+    fresh: Mapping[str, Tensor] | None
+    generator: torch.Generator | None
+
+
+class GrowthOperator(ABC):
     """One way to grow one dimension."""
 
-    @property
-    def name(self) -> str:
-        """The operator's name in recipes."""
+    name: str
+    """The operator's name in recipes."""
 
+    @abstractmethod
     def contract(self, config: BertConfig) -> Contract:
         """What is promised when a model of this form grows."""
 
+    @abstractmethod
     def check(self, source: BertConfig, target: BertConfig) -> list[str]:
         """Why `source` cannot grow into `target`, by field; empty: it can."""
 
     def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
         """Whether weights need `fresh`."""
+        return False
 
     def grow(
         self,
@@ -95,6 +110,20 @@ class GrowthOperator(Protocol):
             GrowthError: `check` finds faults, a tensor is missing, or `fresh` or `generator` is
                 needed and was not given.
         """
+        require_legal(self.name, self.check(source, target))
+        require_tensors(tensors, source, "the model to grow")
+        if kind == "weight" and self.draws_fresh(source, target):
+            if fresh is None:
+                raise GrowthError(
+                    f"{self.name} needs a freshly initialised model to fill what is new: give "
+                    "`fresh` weights"
+                )
+            require_tensors(fresh, target, "the fresh model")
+        return self._map(Request(tensors, source, target, kind, fresh, generator))
+
+    @abstractmethod
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """The tensors of `request.target`; `check` has found nothing, all tensors fit."""
 
 
 def fixed_faults(

@@ -1,6 +1,5 @@
 """The MLM decoder gets a matrix of its own: tied model's tensors in, untied model's out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,17 +9,16 @@ from stacking.config import BertConfig
 from stacking.growth.contract import (
     TOLERANCE,
     Contract,
-    Kind,
+    GrowthOperator,
+    Request,
     fixed_faults,
-    require_legal,
-    require_tensors,
 )
 
 _EMBEDDING, _DECODER = "embeddings.word_embeddings.weight", "mlm_head.decoder.weight"
 
 
 @dataclass(frozen=True)
-class Untie:
+class Untie(GrowthOperator):
     """The decoder starts as a copy of the word embedding, then trains apart from it.
 
     Moments: the tied matrix's gradient is the sum of two, of which Adam kept no parts, so there is
@@ -47,25 +45,12 @@ class Untie:
             )
         return faults
 
-    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
-        """Nothing is new."""
-        return False
-
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Copies, and one more of the word embedding; see GrowthOperator.grow."""
-        require_legal(self.name, self.check(source, target))
-        require_tensors(tensors, source, "the model to grow")
-        grown = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        if source.tie_word_embeddings and not target.tie_word_embeddings:
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """Copies, and one more of the word embedding."""
+        grown = {name: tensor.detach().clone() for name, tensor in request.tensors.items()}
+        if request.source.tie_word_embeddings and not request.target.tie_word_embeddings:
             embedding = grown[_EMBEDDING]
-            grown[_DECODER] = torch.zeros_like(embedding) if kind == "is_old" else embedding.clone()
+            grown[_DECODER] = (
+                torch.zeros_like(embedding) if request.kind == "is_old" else embedding.clone()
+            )
         return grown

@@ -12,7 +12,6 @@ layer's moments, as in double.py --double-optimizer of Gong et al. 2019.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -24,12 +23,12 @@ from stacking.errors import GrowthError
 from stacking.growth.contract import (
     TOLERANCE,
     Contract,
-    Kind,
+    GrowthOperator,
     LayerNormKind,
+    Request,
     fixed_faults,
     parameter_shapes,
     require_legal,
-    require_tensors,
 )
 
 CopyMap = Literal["stack", "interleave", "copy_top", "append_last", "middle"]
@@ -71,7 +70,7 @@ _ADDITION_SOURCES: dict[Addition, str] = {
 
 
 @dataclass(frozen=True)
-class CopyLayers:
+class CopyLayers(GrowthOperator):
     """Every layer of the grown model is a copy of an old one, as `layer_sources` says."""
 
     name: CopyMap
@@ -100,35 +99,21 @@ class CopyLayers:
         require_legal(self.name, self.check(source, target))
         return _origins(target, self.layers(source.num_hidden_layers, target.num_hidden_layers))
 
-    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
-        """Every layer is a copy."""
-        return False
-
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Copies of the old layers' tensors, of whatever kind; see GrowthOperator.grow."""
-        origins = self.origins(source, target)
-        require_tensors(tensors, source, "the model to grow")
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """Copies of the old layers' tensors, of whatever kind."""
+        origins = self.origins(request.source, request.target)
         grown: dict[str, Tensor] = {}
         seen = set()
         for name, origin in origins.items():
-            tensor = tensors[str(origin)]
-            is_further = kind == "is_old" and origin in seen
+            tensor = request.tensors[str(origin)]
+            is_further = request.kind == "is_old" and origin in seen
             grown[name] = _zeros(tensor.shape, tensor) if is_further else _copy(tensor)
             seen.add(origin)
         return grown
 
 
 @dataclass(frozen=True)
-class NewLayers:
+class NewLayers(GrowthOperator):
     """The old layers stay, in order; new ones lie above them (`top`) or after each (`spread`).
 
     `random`: new layers as freshly initialised. `identity`: zero output projections and biases,
@@ -208,35 +193,22 @@ class NewLayers:
                 origins[receiver], origins[moved] = origins[moved], None
         return origins
 
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
+    def _map(self, request: Request) -> dict[str, Tensor]:
         """Old tensors at their new places; in new places weights as the class says, moments zero.
 
-        See GrowthOperator.grow. `fresh` gives the random weights, `generator` the noise.
+        `fresh` gives the random weights, `generator` the noise.
         """
-        origins = self.origins(source, target)
-        require_tensors(tensors, source, "the model to grow")
-        if kind == "weight" and fresh is not None:
-            require_tensors(fresh, target, "the fresh model")
+        tensors, target = request.tensors, request.target
+        origins = self.origins(request.source, target)
         grown, shapes = {}, parameter_shapes(target)
         like = next(iter(tensors.values()))
         for name, origin in origins.items():
             if origin is not None:
                 grown[name] = _copy(tensors[origin])
-            elif kind != "weight":
+            elif request.kind != "weight" or request.fresh is None:
                 grown[name] = _zeros(shapes[name], like)
-            elif fresh is None:
-                raise GrowthError(f"{self.name} needs a freshly initialised model to fill {name!r}")
             else:
-                new = self._new_weight(name, fresh[name], target, generator)
+                new = self._new_weight(name, request.fresh[name], target, request.generator)
                 grown[name] = new.to(like.device, like.dtype, copy=True)
         return grown
 

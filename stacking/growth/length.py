@@ -3,7 +3,6 @@
 Sinusoidal and rotary positions are computed for any length, so there is nothing to grow.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,14 +10,12 @@ import torch
 from torch import Tensor
 
 from stacking.config import BertConfig
-from stacking.errors import GrowthError
 from stacking.growth.contract import (
     TOLERANCE,
     Contract,
-    Kind,
+    GrowthOperator,
+    Request,
     fixed_faults,
-    require_legal,
-    require_tensors,
 )
 
 _TABLE = "embeddings.position_embeddings.weight"
@@ -33,7 +30,7 @@ _POSITION_SOURCES: dict[PositionGrowth, str] = {
 
 
 @dataclass(frozen=True)
-class ChangePooling:
+class ChangePooling(GrowthOperator):
     """Pooling ends, pools fewer tokens, or otherwise; all other parameters stay as they are.
 
     Gu et al. 2021 (CompoundGrow), embedding pooling; grow_bert resolution_layer.py. Mean and max
@@ -72,29 +69,15 @@ class ChangePooling:
             )
         return faults
 
-    def draws_fresh(self, source: BertConfig, target: BertConfig) -> bool:
-        """Nothing is new."""
-        return False
-
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Copies of all but the weights of concat; see GrowthOperator.grow."""
-        require_legal(self.name, self.check(source, target))
-        require_tensors(tensors, source, "the model to grow")
-        dropped = _POOLING if target.pooling != "concat" else ()
-        return {name: t.detach().clone() for name, t in tensors.items() if name not in dropped}
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """Copies of all but the weights of concat."""
+        dropped = _POOLING if request.target.pooling != "concat" else ()
+        kept = {name: t for name, t in request.tensors.items() if name not in dropped}
+        return {name: tensor.detach().clone() for name, tensor in kept.items()}
 
 
 @dataclass(frozen=True)
-class GrowPositions:
+class GrowPositions(GrowthOperator):
     """S learned positions become S' >= S.
 
     `tile`: position j is old position j mod S. `interpolate`: the table is stretched, so that the
@@ -131,33 +114,20 @@ class GrowPositions:
         """Only `fresh`."""
         return self.name == "fresh" and source.position == "learned"
 
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Copies, and the table [S,H] as [S',H]; see GrowthOperator.grow."""
-        require_legal(self.name, self.check(source, target))
-        require_tensors(tensors, source, "the model to grow")
-        grown = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        if source.position != "learned":
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """Copies, and the table [S,H] as [S',H]."""
+        kind, fresh = request.kind, request.fresh
+        grown = {name: tensor.detach().clone() for name, tensor in request.tensors.items()}
+        if request.source.position != "learned":
             return grown
-        table, new = grown[_TABLE], target.max_position_embeddings
+        table, new = grown[_TABLE], request.target.max_position_embeddings
         further = table.new_zeros(new - len(table), table.shape[1])
         if self.name == "interpolate":
             grown[_TABLE] = _stretched(table, new, only_whole=kind == "is_old")
             return grown
         if self.name == "tile" and kind != "is_old":
             further = table[torch.arange(len(table), new) % len(table)]
-        elif self.name == "fresh" and kind == "weight":
-            if fresh is None:
-                raise GrowthError("fresh draws new positions: give `fresh` weights")
-            require_tensors(fresh, target, "the fresh model")
+        elif self.name == "fresh" and kind == "weight" and fresh is not None:
             further = fresh[_TABLE][len(table) :].detach().to(table.dtype)
         grown[_TABLE] = torch.cat([table, further])
         return grown

@@ -28,7 +28,7 @@ or with noise, only the sum over the copies of a hidden unit equals the old grad
 
 import math
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -41,9 +41,9 @@ from stacking.errors import GrowthError
 from stacking.growth.contract import (
     TOLERANCE,
     Contract,
+    GrowthOperator,
     Kind,
-    require_legal,
-    require_tensors,
+    Request,
 )
 
 FRESH = -1
@@ -153,18 +153,8 @@ class WidthPlan:
         return self.inner.get(layer_of(name))
 
 
-class WidthOperator(ABC):
-    """A growth operator (stacking/growth/contract.py) that is given by its plan."""
-
-    name: str
-
-    @abstractmethod
-    def contract(self, config: BertConfig) -> Contract:
-        """What is promised when a model of this form grows."""
-
-    @abstractmethod
-    def check(self, source: BertConfig, target: BertConfig) -> list[str]:
-        """Why `source` cannot grow into `target`; empty: it can."""
+class WidthOperator(GrowthOperator):
+    """A growth operator that is given by its plan."""
 
     @abstractmethod
     def plan(self, source: BertConfig, target: BertConfig) -> WidthPlan:
@@ -174,29 +164,15 @@ class WidthOperator(ABC):
         """Whether some units copy nothing."""
         return self.plan(source, target).has_fresh_units
 
-    def grow(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: BertConfig,
-        target: BertConfig,
-        *,
-        kind: Kind = "weight",
-        fresh: Mapping[str, Tensor] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Tensors of `source` turned into tensors of `target`; see GrowthOperator."""
-        require_legal(self.name, self.check(source, target))
-        require_tensors(tensors, source, "the model to grow")
-        plan, is_weight = self.plan(source, target), kind == "weight"
-        if is_weight and plan.has_fresh_units:
-            if fresh is None:
-                raise GrowthError(f"{self.name} draws new units afresh: give `fresh` weights")
-            require_tensors(fresh, target, "the fresh model")
+    def _map(self, request: Request) -> dict[str, Tensor]:
+        """Every axis of every tensor by the plan; fresh units and noise for weights alone."""
+        plan, is_weight = self.plan(request.source, request.target), request.kind == "weight"
+        fresh, generator = request.fresh, request.generator
         if is_weight and plan.noise and generator is None:
             raise GrowthError(f"{self.name} with noise {plan.noise} needs a generator")
         grown = {}
-        for name in tensors:
-            tensor = _widen(tensors, name, plan, kind)
+        for name in request.tensors:
+            tensor = _widen(request.tensors, name, plan, request.kind)
             if is_weight and fresh is not None:
                 tensor = _fill_fresh(tensor, fresh[name], name, plan)
             if is_weight and plan.noise and generator is not None:

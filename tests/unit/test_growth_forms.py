@@ -211,7 +211,7 @@ def test_longer_positions_keep_short_sequences_unless_they_are_stretched(name: s
 
 def test_fresh_positions_must_be_given() -> None:
     source, target = config_of(), config_of(max_position_embeddings=9)
-    with pytest.raises(GrowthError, match="fresh draws new positions"):
+    with pytest.raises(GrowthError, match="fresh needs a freshly initialised model"):
         POSITION_OPERATORS["fresh"].grow(random_tensors(source), source, target)
 
 

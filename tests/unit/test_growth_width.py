@@ -497,7 +497,7 @@ def test_illegal_growth_is_refused_with_the_reason(
 def test_what_is_missing_is_named() -> None:
     source = config_of()
     target, small = with_inner(source, 40), random_weights(source)
-    with pytest.raises(GrowthError, match="zero draws new units afresh: give `fresh`"):
+    with pytest.raises(GrowthError, match="zero needs a freshly initialised model .*give `fresh`"):
         FfnZero().grow(small, source, target)
     with pytest.raises(GrowthError, match="noise 0.5 needs a generator"):
         FfnTile().grow(small, source, target)
