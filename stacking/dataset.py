@@ -149,8 +149,8 @@ class PretrainingLoader:
 
     def __exit__(
         self,
-        kind: type[Exception] | None,
-        error: Exception | None,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         """Stop the reader thread."""
