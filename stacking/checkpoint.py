@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stacking.config_model import MOST_LAYERS
 from stacking.errors import CheckpointError
-from stacking.snapshot import Snapshot
+from stacking.snapshot import LossScaler, Snapshot
 
 MARKER = "COMMITTED"
 WEIGHTS, MOMENTS_FILE, STATE = "weights.safetensors", "moments.safetensors", "state.json"
@@ -64,7 +64,7 @@ class StateFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: TrainState
-    loss_scale: float | None = Field(description="fp16 loss scale.")
+    loss_scaler: LossScaler | None = Field(description="fp16: the scale and its counters.")
     cohorts: tuple[Cohort, ...]
 
     @model_validator(mode="after")
@@ -133,7 +133,7 @@ class Checkpoint:
             moments,
             {name: steps for name, (steps, _) in ages.items() if steps},
             frozenset(name for name, (_, is_new) in ages.items() if is_new),
-            self._small.loss_scale,
+            self._small.loss_scaler,
         )
         if faults := snapshot.faults():
             raise CheckpointError(f"{self.folder}: its files do not agree: {'; '.join(faults[:5])}")
@@ -269,7 +269,7 @@ def _state_file(snapshot: Snapshot, state: TrainState) -> StateFile:
         Cohort(optimizer_steps=steps, is_new=is_new, names=tuple(_fold(members[steps, is_new])))
         for steps, is_new in sorted(members, reverse=True)
     )
-    return StateFile(train=state, loss_scale=snapshot.loss_scale, cohorts=cohorts)
+    return StateFile(train=state, loss_scaler=snapshot.loss_scaler, cohorts=cohorts)
 
 
 def _fold(names: Iterable[str]) -> list[str]:

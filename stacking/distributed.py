@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -102,9 +102,7 @@ def together(step: Callable[[], _Result]) -> _Result:
         result = step()
     except UserError as error:
         fault = str(error)
-    faults: list[str] = [fault] * world_size()
-    if distributed.is_initialized():
-        distributed.all_gather_object(faults, fault)
+    faults = gather_objects(fault)
     seen = list(dict.fromkeys(text for text in faults if text))
     if not seen:
         return cast(_Result, result)
@@ -128,24 +126,46 @@ def on_main(step: Callable[[], _Result]) -> _Result:
     return cast(_Result, found[0])
 
 
-def tensors_of_main(
-    tensors: Mapping[str, torch.Tensor],
-    shapes: Mapping[str, torch.Size],
-    device: torch.device,
-) -> dict[str, torch.Tensor]:
-    """The main rank's fp32 `tensors`, by name, on every rank's CPU; others may give none.
+def only_on_main(step: Callable[[], _Result]) -> _Result | None:
+    """Do `step` on the main rank alone, which keeps the result; a fault is everybody's. Collective.
 
-    Sent one by one over `device`, the kind that the process group works on. Collective.
+    Others get None. Nothing of the result is sent, however large it is.
     """
-    received = {}
-    for name, shape in shapes.items():
-        own = tensors[name] if is_main() else torch.empty(shape)
-        if distributed.is_initialized():
-            sent = own.to(device, copy=True)
-            distributed.broadcast(sent, src=0)
-            own = sent.cpu()
-        received[name] = own
+    kept: list[_Result] = []
+
+    def keep() -> None:
+        kept.append(step())
+
+    on_main(keep)
+    return kept[0] if kept else None
+
+
+def from_main(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The main rank's `tensor` on every rank, with the shape, type and device of `like`.
+
+    Other ranks may give None. The device must be of the kind that the process group works on.
+    Collective.
+    """
+    received = torch.empty_like(like) if tensor is None else tensor.to(like, copy=True)
+    if distributed.is_initialized():
+        distributed.broadcast(received, src=0)
     return received
+
+
+def gather_objects(value: _Result) -> list[_Result]:
+    """Every rank's small `value`, by rank, everywhere. Collective."""
+    found: list[_Result] = [value] * world_size()
+    if distributed.is_initialized():
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def gather_on_main(value: _Result) -> list[_Result] | None:
+    """Every rank's `value`, by rank, on the main rank; None elsewhere. Collective."""
+    found: list[_Result] | None = [value] * world_size() if is_main() else None
+    if distributed.is_initialized():
+        distributed.gather_object(value, found, dst=0)
+    return found
 
 
 def shut_down() -> None:

@@ -9,8 +9,10 @@ import copy
 import gc
 import importlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +26,9 @@ from stacking import distributed
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
-from stacking.errors import ConfigError
+from stacking.errors import ConfigError, NonFiniteError
 from stacking.freezing import apply_freeze
+from stacking.loss_scaling import LossScaling
 from stacking.modeling import BertForPreTraining
 from stacking.optimizer_state import OptimizerState
 from stacking.parameter_groups import parameter_groups
@@ -92,34 +95,49 @@ class TrainEngine:
         config: BertConfig,
         optimizer: OptimizerConfig,
         resolved: ResolvedEngine,
-        snapshot: Snapshot,
+        snapshot: Snapshot | None,
         freeze: Freeze | None = None,
     ) -> None:
-        """Build a fresh module and engine that hold `snapshot`. Collective.
+        """Build a fresh module and engine that hold `snapshot`, the main rank's. Collective.
 
-        What `freeze` names has no master, no moments and no gradients to reduce. A history that
-        `snapshot` has of it ends here.
+        Other ranks' snapshot is not looked at and may be None: each gets one tensor at a time and
+        keeps what its ZeRO stage gives it. What `freeze` names has no master, no moments and no
+        gradients to reduce. A history that `snapshot` has of it ends here.
         """
-        faults = snapshot.faults()
-        assert not faults, faults
+        known = distributed.on_main(lambda: _checked(snapshot).without_tensors())
+        given = snapshot if distributed.is_main() and snapshot is not None else known
         self.config = config
-        model = BertForPreTraining(config, layer_norm=_layer_norm(resolved.apex_layer_norm))
-        model.load_state_dict(snapshot.weights, strict=True)
+        self._zero_stage = _zero_stage(resolved)
+        blueprint = _on_meta(config)
+        apply_freeze(blueprint, freeze)
+        self._groups = parameter_groups(blueprint, optimizer, known)
+        self._new_names = known.new_names
+        model = self._module(resolved, given)
         apply_freeze(model, freeze)
-        still = {n: snapshot.weights[n] for n, p in model.named_parameters() if not p.requires_grad}
+        still = [name for name, p in model.named_parameters() if not p.requires_grad]
         # They cannot change; the module's own copies may have 16 bits. The main rank keeps them.
-        self._frozen = still if distributed.is_main() else {}
-        self._frozen_shapes = {name: weight.shape for name, weight in still.items()}
-        self._new_names = snapshot.new_names
-        self._groups = parameter_groups(model, optimizer, snapshot)
+        self._frozen = {name: given.weights[name] for name in still if distributed.is_main()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=[group.for_optimizer(model) for group in self._groups],
             config=copy.deepcopy(resolved.deepspeed),  # DeepSpeed keeps and edits what it is given
         )
-        OptimizerState(self._engine, self._groups).write(snapshot)
-        if snapshot.loss_scale is not None and self._loss_scaler() is not None:
-            self._loss_scaler().cur_scale = snapshot.loss_scale
+        OptimizerState(self._engine, self._groups).write(given)
+        self._scaling = LossScaling(self._engine)
+        self._scaling.write(known.loss_scaler)
+        self._grad_norm: float | None = None
+        self._losses = torch.zeros(0)
+
+    def _module(self, resolved: ResolvedEngine, given: Snapshot) -> BertForPreTraining:
+        """A fresh module with the main rank's weights; under ZeRO-3 in parts from the start."""
+        layer_norm = _layer_norm(resolved.apex_layer_norm)
+        with _parted(resolved.deepspeed) if self._zero_stage == 3 else nullcontext():
+            model = BertForPreTraining(self.config, layer_norm=layer_norm)
+        for name, parameter in model.named_parameters():
+            with _whole(parameter), torch.no_grad():
+                there = torch.empty_like(parameter, dtype=torch.float32, device=current_device())
+                parameter.copy_(distributed.from_main(given.weights.get(name), there))
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -152,7 +170,7 @@ class TrainEngine:
             group["lr"] = new_rate if ours.is_new else learning_rate
         # DeepSpeed divides by the accumulation steps and averages over ranks: undone here.
         share = len(batches) * distributed.world_size()
-        totals = torch.zeros(3, device=self.device)
+        found: list[Tensor] = []
         self._engine.train()
         for micro_step, batch in enumerate(batches):
             torch.manual_seed(_mix(seed, micro_step, distributed.rank()))  # dropout
@@ -161,9 +179,44 @@ class TrainEngine:
             if "nsp_loss_sum" in sums:
                 loss = loss + sums["nsp_loss_sum"] * (share / counts[1])
             self._engine.backward(loss)
-            self._engine.step()
-            totals += _totals(sums)
-        return totals
+            found.append(_totals(sums))
+            if micro_step == len(batches) - 1:
+                self._losses = torch.stack(found)[:, :2].sum(dim=1)
+                self._check_losses()
+            self._update()
+        return torch.stack(found).sum(dim=0)
+
+    def _check_losses(self) -> None:
+        """NonFiniteError on every rank if a micro batch's loss of any is no finite number.
+
+        The wait for the device costs nothing: DeepSpeed's step begins with one, for the norm.
+        """
+        bad = (~self._losses.isfinite()).any().float()
+        if distributed.sum_over_ranks(bad).item():
+            raise NonFiniteError("the loss is not finite")
+
+    def _update(self) -> None:
+        """DeepSpeed's step after a micro batch; NonFiniteError, and no update, where it must not.
+
+        fp16 overflow is no fault while the loss scale can fall: the step is skipped and counted.
+        """
+        scale, skipped = self._scaling.scale, self._engine.skipped_steps
+        is_boundary = self._engine.is_gradient_accumulation_boundary()
+        if is_boundary and self._zero_stage == 0:
+            self._check_plain_gradients()
+        self._engine.step()
+        if self._engine.skipped_steps > skipped:
+            self._scaling.check(scale)
+        if is_boundary and self._zero_stage > 0:
+            norm = self._engine.get_global_grad_norm()
+            self._grad_norm = None if norm is None else float(norm)
+
+    def _check_plain_gradients(self) -> None:
+        """The norm that DeepSpeed does not report at stage 0; NonFiniteError if it is no number."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        self._grad_norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(self._grad_norm):
+            raise NonFiniteError("the gradient norm is not finite")
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[MaskedLMBatch]) -> Tensor:
@@ -178,59 +231,63 @@ class TrainEngine:
         return distributed.sum_over_ranks(totals)
 
     def _forward(self, batch: MaskedLMBatch) -> dict[str, Tensor]:
-        is_full = batch.num_real_tokens == batch.input_ids.numel()
-        batch = batch.to(self.device)
-        sums: dict[str, Tensor] = self._engine(
-            input_ids=batch.input_ids,
-            token_type_ids=batch.token_type_ids,
-            attention_mask=None if is_full else batch.attention_mask,
-            masked_lm_positions=batch.masked_lm_positions,
-            masked_lm_ids=batch.masked_lm_ids,
-            next_sentence_labels=batch.next_sentence_labels,
-        )
+        sums: dict[str, Tensor] = self._engine(**batch.to(self.device).inputs())
         return sums
 
     @property
     def skipped_steps(self) -> int:
-        """Updates that fp16 overflow made DeepSpeed skip, in this engine."""
+        """Updates that fp16 overflow made DeepSpeed skip, in the whole run."""
         return int(self._engine.skipped_steps)
 
     @property
     def loss_scale(self) -> float | None:
         """Dynamic fp16 loss scale; None in other precisions."""
-        return float(self._loss_scaler().cur_scale) if self._loss_scaler() is not None else None
+        return self._scaling.scale
+
+    @property
+    def micro_losses(self) -> list[float]:
+        """This rank's loss sums (MLM plus NSP, nats) of the last step's micro batches."""
+        return [float(loss) for loss in self._losses]
 
     @property
     def grad_norm(self) -> float | None:
-        """Global gradient norm of the last step, before clipping; synchronises."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        """Global gradient norm of the last step, before clipping."""
+        return self._grad_norm
+
+    def replica_digest(self) -> int | None:
+        """A checksum of the weights that every rank holds whole; None where ZeRO-3 parts them."""
+        if self._zero_stage == 3:
+            return None
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for number, parameter in enumerate(self._engine.module.parameters(), start=1):
+            kind = torch.int16 if parameter.element_size() == 2 else torch.int32
+            total += number * parameter.detach().view(kind).sum(dtype=torch.int64)
+        return int(total)
 
     def write_monitor(self, events: Sequence[tuple[str, float, int]]) -> None:
         """Send (name, value, global_step) to DeepSpeed's TensorBoard, W&B or CSV monitors."""
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events(list(events))
 
-    def snapshot(self) -> Snapshot:
-        """Full fp32 weights and moments on every rank's CPU, one tensor at a time. Collective."""
+    def snapshot(self) -> Snapshot | None:
+        """Full fp32 weights and moments on the main rank's CPU; None elsewhere. Collective.
+
+        No rank but the main one ever holds more than one whole tensor.
+        """
         trained = OptimizerState(self._engine, self._groups).read()
-        frozen = distributed.tensors_of_main(self._frozen, self._frozen_shapes, self.device)
+        if trained is None:
+            return None
         return replace(
             trained,
-            weights=trained.weights | frozen,
+            weights=trained.weights | self._frozen,
             new_names=self._new_names,
-            loss_scale=self.loss_scale,
+            loss_scaler=self._scaling.read(),
         )
-
-    def _loss_scaler(self) -> Any:  # DeepSpeed ships no types
-        if not self._engine.fp16_enabled():
-            return None
-        return getattr(self._engine.optimizer, "loss_scaler", None)
 
     def destroy(self) -> None:
         """Tear the engine down so that nothing holds its memory. Collective; call once."""
         engine, module = self._engine, self._engine.module
-        del self._engine
+        del self._engine, self._scaling
         for name in ("module_forward_pre_hook", "module_forward_post_hook"):
             hook = getattr(engine, name, None)  # destroy() leaves them; they pin the engine
             if hook is not None:
@@ -244,6 +301,40 @@ class TrainEngine:
         gc.collect()
         get_accelerator().empty_cache()
         distributed.barrier()
+
+
+def _checked(snapshot: Snapshot | None) -> Snapshot:
+    assert snapshot is not None, "the main rank needs a state to build an engine from"
+    faults = snapshot.faults()
+    assert not faults, faults
+    return snapshot
+
+
+def _on_meta(config: BertConfig) -> BertForPreTraining:
+    """The module's names and shapes; allocates nothing."""
+    with torch.device("meta"):
+        return BertForPreTraining(config)
+
+
+def _zero_stage(resolved: ResolvedEngine) -> int:
+    zero = resolved.deepspeed.get("zero_optimization")
+    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+
+
+def _parted(document: Mapping[str, object]) -> AbstractContextManager[object]:
+    """Inside, ZeRO-3 parts each module over the ranks as soon as it is made."""
+    found: AbstractContextManager[object] = deepspeed.zero.Init(
+        config_dict_or_path=copy.deepcopy(document)
+    )
+    return found
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    """Inside, a parameter that ZeRO-3 has parted is whole; what the main rank writes stays."""
+    found: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")
+    )
+    return found
 
 
 def _layer_norm(use_apex: bool) -> Any:  # apex ships no types

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from data_prep.errors import ShardError, UserError
 
-__all__ = ["CheckpointError", "ConfigError", "GrowthError", "ShardError", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GrowthError",
+    "NonFiniteError",
+    "ShardError",
+    "UserError",
+]
 
 
 class ConfigError(UserError):
@@ -23,3 +30,7 @@ class CheckpointError(UserError):
 
 class GrowthError(UserError):
     """A growth step that is illegal, or that broke its promise to preserve the function."""
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient that is no number, or infinite; raised before it changes a weight."""

@@ -38,24 +38,31 @@ class OptimizerState:
         self._trained = {name: p for name, p in named if p.requires_grad}
 
     def write(self, snapshot: Snapshot) -> None:
-        """Make weights, moments and counts those of `snapshot`."""
+        """Make weights, moments and counts those of the main rank's `snapshot`."""
         # DeepSpeed makes the masters from the 16-bit copy: put the lost bits back.
-        for name, parameter in self._trained.items():
-            _write_full(parameter, snapshot.weights[name].to(self._engine.device))
-        if snapshot.optimizer_steps:
+        for name, parameter in self._trained.items() if self._flats() else ():
+            _write_full(parameter, self._sent(parameter, snapshot.weights.get(name)))
+        if any(group.optimizer_steps for group in self._groups):
             self._create_moments()
             self._write_moments(snapshot.moments)
 
-    def read(self) -> Snapshot:
-        """All of it on every rank's CPU, one tensor at a time."""
+    def read(self) -> Snapshot | None:
+        """All of it on the main rank's CPU; None elsewhere, where one tensor at a time is whole."""
         counts = self._counts()
         self._link_moments()
-        return Snapshot(
-            {name: _own(_full(parameter)) for name, parameter in self._trained.items()},
-            {key: {name: _own(self._moment(name, key)) for name in counts}
-             for key in (MOMENTS if counts else ())},
-            counts,
-        )  # fmt: skip
+        weights: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {key: {} for key in (MOMENTS if counts else ())}
+        for name, parameter in self._trained.items():
+            _keep(weights, name, _full(parameter))
+        for key, named in moments.items():
+            for name in counts:
+                _keep(named, name, self._moment(name, key))
+        return Snapshot(weights, moments, counts) if distributed.is_main() else None
+
+    def _sent(self, parameter: nn.Parameter, value: Tensor | None) -> Tensor:
+        """The main rank's fp32 `value` for `parameter`, whole, on every rank's device."""
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return distributed.from_main(value, torch.empty(shape, device=self._engine.device))
 
     def _counts(self) -> dict[str, int]:
         """Adam's step count by parameter, of those that have one."""
@@ -83,11 +90,12 @@ class OptimizerState:
         self._link_moments()
 
     def _write_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        has_history = {n for group in self._groups if group.optimizer_steps for n in group.names}
         for key in MOMENTS:
             for name, parameter in self._trained.items():
-                if name not in moments[key]:
+                if name not in has_history:
                     continue
-                value = moments[key][name].to(self._engine.device)
+                value = self._sent(parameter, moments.get(key, {}).get(name))
                 if self._flats():
                     _write_full(parameter, value, key)
                 else:
@@ -161,6 +169,7 @@ def _write_full(parameter: nn.Parameter, value: Tensor, key: str | None = None) 
         parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A CPU copy that is no view of a flat buffer, which it would keep alive."""
-    return tensor.detach().float().cpu().clone()
+def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """On the main rank a CPU copy, that is no view of a flat buffer, which it would keep alive."""
+    if distributed.is_main():
+        kept[name] = tensor.detach().float().cpu().clone()

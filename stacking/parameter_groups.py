@@ -35,6 +35,8 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Groups of what trains in `model`, none empty; their order is the same on all ranks.
 
+    Of `snapshot` only counts and ages are read. `model` may be on the meta device.
+
     Weight decay on matrices, none on biases and LayerNorms, unless `decay_all` (2019). Frozen
     parameters are in no group. On an empty group ZeRO 1 and 2 would crash.
     """

@@ -31,6 +31,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.log = path / "log.txt"
         self.checkpoints = path / "checkpoints"
+        self.autopsy = path / "autopsy"
         self.tokenizer = path / "tokenizer"
 
     def check(self, recipe: Recipe, resume: str) -> None:

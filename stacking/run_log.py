@@ -9,7 +9,6 @@ from stacking.checkpoint import TrainState
 from stacking.config import BertConfig, Recipe, Stage
 from stacking.cost import num_parameters, trained_parameters, training_flops
 from stacking.engine import TrainEngine
-from stacking.errors import UserError
 from stacking.progress import ProgressReporter
 from stacking.run_folder import RunFolder
 from stacking.schedule import stage_rates, stage_start
@@ -24,10 +23,6 @@ _DTYPES = {
 
 LOCKED, STEPS_TO_COME_APART = 0.9999, 50
 """Copies of a unit whose cosine is above LOCKED after so many steps do not come apart."""
-
-
-class NonFiniteLoss(UserError):
-    """The loss is no number any more."""
 
 
 class RunLog:
@@ -78,15 +73,9 @@ class RunLog:
     def train(
         self, engine: TrainEngine, state: TrainState, rates: metrics.WindowRates, elapsed: float
     ) -> None:
-        """The steps since the last such row. Raises NonFiniteLoss."""
+        """The steps since the last such row."""
         loss = rates.mlm_loss + rates.nsp_loss
         step, recipe = state.global_step, self._recipe
-        if not abs(loss) < float("inf"):
-            raise NonFiniteLoss(
-                f"the loss is {loss} at step {step}: lower learning_rate.peak or raise "
-                "warmup_steps; with another recipe and folder a run starts anew, with the same "
-                "ones it goes back to its last checkpoint"
-            )
         rate, new_rate = stage_rates(recipe, step - 1)
         per_second = rates.real_tokens / rates.seconds
         freeze = recipe.stages[state.stage].freeze
@@ -146,6 +135,12 @@ class RunLog:
         )
         if report.warning:
             self.say(f"warning: {report.warning}")
+
+    def save(self, state: TrainState, tag: str, stall_seconds: float) -> None:
+        """A checkpoint; `stall_seconds`: what training waited for it. Writing may still go on."""
+        self._log.write("save", {
+            "global_step": state.global_step, "tag": tag, "stall_seconds": stall_seconds,
+        })  # fmt: skip
 
     def symmetry(self, state: TrainState, steps: int, similarity: dict[str, float]) -> None:
         """How alike duplicated units are, `steps` steps after they were made."""

@@ -1,10 +1,28 @@
-"""The state of training at full size, between engine, checkpoint and growth."""
+"""The state of training at full size, between engine, checkpoint and growth.
 
-from dataclasses import dataclass, field
+It is the main rank's alone: no other rank ever holds a full copy.
+"""
+
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their name in every implementation
+
+
+@dataclass(frozen=True)
+class LossScaler:
+    """fp16's dynamic loss scale, and the counters that decide its next change."""
+
+    scale: float
+    steps: int = 0
+    """Since the scaler began."""
+    last_overflow: int = -1
+    """The step of it, counted likewise."""
+    hysteresis: int = 1
+    """Overflows to go before the scale falls."""
+    skipped_steps: int = 0
+    """Updates that overflows cost, in the whole run."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +39,12 @@ class Snapshot:
     """Adam's own count of these parameters, at least 1; all others start at 0."""
     new_names: frozenset[str] = frozenset()
     """Parameters that came with the current stage: their rate may have a factor of its own."""
-    loss_scale: float | None = None
+    loss_scaler: LossScaler | None = None
     """fp16 only."""
+
+    def without_tensors(self) -> "Snapshot":
+        """What every rank must know: counts, ages and the loss scaler."""
+        return replace(self, weights={}, moments={})
 
     def faults(self) -> list[str]:
         """What contradicts itself, one line each; empty for a sound snapshot."""

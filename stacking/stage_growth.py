@@ -10,7 +10,6 @@ from torch import Tensor
 
 from stacking import distributed
 from stacking.config import Learned, Recipe
-from stacking.growth.contract import parameter_shapes
 from stacking.growth.learned import LearnedGrowth
 from stacking.growth.moments import carry_moments
 from stacking.growth.plan import Operators, before_learning, plan_growth
@@ -55,21 +54,28 @@ class StageGrowth:
 
     def apply(
         self,
-        old: Snapshot,
+        old: Snapshot | None,
         batches: LearningBatches | None = None,
         device: torch.device = CPU,
-    ) -> Snapshot:
-        """The state that the new stage begins with; the same on all ranks.
+    ) -> Snapshot | None:
+        """The state that the new stage begins with, on the main rank; None elsewhere. Collective.
 
-        Deterministic in its arguments. Collective where the growth is learned: the main rank
-        learns, on `batches`, and all get its weights, as two devices need not round alike; `device`
-        is this rank's own.
+        `old`: the main rank's; deterministic in its arguments. Learned growth draws on `batches`
+        and computes on `device`, this rank's own.
         """
+        grown = distributed.only_on_main(lambda: self._grow(old))
+        if self.stage.learned is None:
+            return grown
+        assert batches is not None, "learned growth needs batches"
+        learned = self._learn(grown, batches(self.stage.learned), self.stage.learned, device)
+        return None if grown is None else Snapshot(learned, loss_scaler=grown.loss_scaler)
+
+    def _grow(self, old: Snapshot | None) -> Snapshot:
+        """The moves of the plan; the loss scale goes on, or fp16 would skip steps."""
+        assert old is not None, "the main rank has no state to grow"
         weights = self.plan.grow(old.weights, seed=self._seed)
         if self.stage.learned is not None:
-            assert batches is not None, "learned growth needs batches"
-            weights = self._learn(weights, batches(self.stage.learned), self.stage.learned, device)
-            return Snapshot(weights, loss_scale=old.loss_scale)
+            return Snapshot(weights, loss_scaler=old.loss_scaler)
         carried = carry_moments(
             self.plan, old.weights, old.moments, old.optimizer_steps, self.stage.moments
         )
@@ -78,26 +84,24 @@ class StageGrowth:
             carried.moments,
             carried.optimizer_steps,
             carried.new_names,
-            old.loss_scale,  # it goes on, or fp16 would skip the stage's first steps
+            old.loss_scaler,
         )
 
     def _learn(
         self,
-        weights: Mapping[str, Tensor],
+        grown: Snapshot | None,
         batches: Iterable[Mapping[str, Tensor]],
         learned: Learned,
         device: torch.device,
     ) -> dict[str, Tensor]:
-        """The main rank's learned weights, on every rank's CPU."""
+        """The main rank's learned weights; nothing elsewhere."""
         # One exchange a step: ranks that wait for minutes would take the main rank for dead.
-        learner: list[LearnedGrowth] = []
-        found: dict[str, Tensor] = {}
+        weights = {} if grown is None else grown.weights
         feed = iter(batches)
-        distributed.on_main(lambda: learner.append(self._learner(weights, learned, device)))
+        learner = distributed.only_on_main(lambda: self._learner(weights, learned, device))
         for _ in range(learned.steps):
-            distributed.on_main(lambda: learner[0].step(next(feed)))
-        distributed.on_main(lambda: found.update(learner[0].result()))
-        return distributed.tensors_of_main(found, parameter_shapes(self.target), device)
+            distributed.only_on_main(lambda: learner and learner.step(next(feed)))
+        return distributed.only_on_main(lambda: learner.result() if learner else {}) or {}
 
     def _learner(
         self, weights: Mapping[str, Tensor], learned: Learned, device: torch.device

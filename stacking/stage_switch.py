@@ -87,14 +87,15 @@ class Probe:
 def switch_stage(
     recipe: Recipe,
     to_stage: int,
-    take: Callable[[SwitchReport], Snapshot],
-    build: Callable[[Snapshot], TrainEngine],
+    take: Callable[[SwitchReport], Snapshot | None],
+    build: Callable[[Snapshot | None], TrainEngine],
     probe: Probe,
 ) -> tuple[TrainEngine, SwitchReport]:
     """Grow the model of stage `to_stage - 1` into that of `to_stage`. Collective.
 
     `take` saves and tears down what runs, or reads the checkpoint, and hands over the old state,
-    timing its parts; `build` makes the new stage's engine. The learning rate goes on (Gong et al.
+    timing its parts; `build` makes the new stage's engine. State is the main rank's alone, and so
+    is what the report has measured of it. The learning rate goes on (Gong et al.
     2019, section 4.1): it is a function of the global step.
     """
     growth = StageGrowth(recipe, to_stage)
@@ -108,18 +109,37 @@ def switch_stage(
         changes=growth.changes,
         promised_tolerance=growth.tolerance,
     )
-    old = take(report)
-    with report.timed("grow"):
-        grown = growth.apply(old, probe.learning_batches, probe.device)
-        report.duplicate_similarity = growth.similarity(grown.weights)
-    with report.timed("probe"):
-        models = (growth.source, old.weights), (growth.target, grown.weights)
-        distributed.on_main(lambda: _measure(report, *models, probe))
-        distributed.on_main(lambda: _judge(report, growth.stage.broken_promise))
+    grown = _grow(report, growth, take(report), probe)
     with report.timed("build"):
         engine = build(grown)
     report.rss_bytes = psutil.Process().memory_info().rss
     return engine, report
+
+
+def _grow(
+    report: SwitchReport, growth: StageGrowth, old: Snapshot | None, probe: Probe
+) -> Snapshot | None:
+    """The new stage's state, measured; on return nothing holds the old one."""
+    with report.timed("grow"):
+        grown = growth.apply(old, probe.learning_batches, probe.device)
+    with report.timed("probe"):
+        distributed.only_on_main(lambda: _inspect(report, growth, old, grown, probe))
+    return grown
+
+
+def _inspect(
+    report: SwitchReport,
+    growth: StageGrowth,
+    old: Snapshot | None,
+    grown: Snapshot | None,
+    probe: Probe,
+) -> None:
+    """Measure both models and hold the operators to their promise."""
+    assert old is not None
+    assert grown is not None
+    report.duplicate_similarity = growth.similarity(grown.weights)
+    _measure(report, (growth.source, old.weights), (growth.target, grown.weights), probe)
+    _judge(report, growth.stage.broken_promise)
 
 
 def _measure(
@@ -161,8 +181,9 @@ def _probe_model(
     config: BertConfig, weights: dict[str, Tensor], batch: MaskedLMBatch, device: torch.device
 ) -> tuple[float, Tensor]:
     """Mean loss (MLM plus NSP, nats) and MLM logits [B, P, V] of one model."""
-    model = BertForPreTraining(config)
-    model.load_state_dict(weights)
+    with torch.device("meta"):
+        model = BertForPreTraining(config)
+    model.load_state_dict(weights, assign=True)  # on the CPU it shares them: no second copy
     model.to(device).eval()
     batch = batch.to(device)
     inputs = (batch.input_ids, batch.token_type_ids, batch.attention_mask)

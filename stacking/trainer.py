@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from stacking import distributed, engine, metrics
-from stacking.checkpoint import Checkpoint, CheckpointManager, TrainState
+from stacking.autopsy import autopsy
+from stacking.checkpoint import CheckpointManager, TrainState
+from stacking.checkpoint_writer import CheckpointWriter
 from stacking.config import Recipe
 from stacking.dataset import PretrainingLoader
 from stacking.deepspeed_config import (
@@ -23,7 +25,7 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
-from stacking.errors import CheckpointError, ConfigError
+from stacking.errors import CheckpointError, ConfigError, NonFiniteError, UserError
 from stacking.growth.legality import recipe_faults
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
@@ -87,6 +89,7 @@ class Trainer:
             with (
                 ProgressReporter(self.recipe.total_steps, stages) as progress,
                 StopRequest(self._limits.seconds) as self._stop,
+                CheckpointWriter(self._manager) as self._writer,
             ):
                 self._log = RunLog(
                     self.recipe,
@@ -127,27 +130,25 @@ class Trainer:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
             self._log.say(notice)
         tag = distributed.on_main(self._choose_tag)
-        checkpoint = None if tag is None else distributed.together(lambda: self._manager.load(tag))
         self._session_began = time.perf_counter()
-        if checkpoint is None:
+        if tag is None:
             self._begin()
-        elif checkpoint.state.global_step >= self.recipe.total_steps:
-            self._state = checkpoint.state
-            self._log.run_end(self._state)
-            return Outcome.DONE
-        elif checkpoint.state.global_step >= (self._limits.steps or self.recipe.total_steps):
-            self._state = checkpoint.state
-            return self._stopped()
         else:
-            self._continue(checkpoint)
+            self._state = distributed.on_main(lambda: self._manager.load(tag).state)
+            if self._state.global_step >= self.recipe.total_steps:
+                self._log.run_end(self._state)
+                return Outcome.DONE
+            if self._state.global_step >= (self._limits.steps or self.recipe.total_steps):
+                return self._stopped()
+            self._continue(tag)
         last_stage = len(self.recipe.stages) - 1
         while self._train_stage():
             if self._state.stage == last_stage:
-                self._save(f"stage{last_stage + 1}_end")
+                self._save(f"stage{last_stage + 1}_end", wait=True)
                 self._log.run_end(self._state)
                 return Outcome.DONE
             if self._is_stopping:
-                self._save(f"stage{self._state.stage + 1}_end")
+                self._save(f"stage{self._state.stage + 1}_end", wait=True)
                 break
             self._switch(self._leave_stage)
         return self._stopped()
@@ -185,22 +186,27 @@ class Trainer:
             recipe_sha256=recipe_sha256(recipe),
         )
         self._log.run_start(self._data.unigram_loss())
-        model = BertForPreTraining(recipe.stage_model(0))
-        init_weights(model, torch.Generator().manual_seed(recipe.seed))
-        weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-        self._build(Snapshot(weights))
+        self._build(self._first_state() if distributed.is_main() else None)
 
-    def _continue(self, checkpoint: Checkpoint) -> None:
-        """Take a run up again."""
-        self._state = checkpoint.state
-        self._log.resume(self._state, checkpoint.tag)
+    def _first_state(self) -> Snapshot:
+        model = BertForPreTraining(self.recipe.stage_model(0))
+        init_weights(model, torch.Generator().manual_seed(self.recipe.seed))
+        return Snapshot({name: p.detach() for name, p in model.named_parameters()})
+
+    def _continue(self, tag: str) -> None:
+        """Take a run up again; the main rank alone reads."""
+        self._log.resume(self._state, tag)
+
+        def take() -> Snapshot | None:
+            return distributed.only_on_main(lambda: self._manager.load(tag).snapshot())
+
         if self._state.global_step == stage_start(self._state.stage + 1, self.recipe.stages):
-            self._switch(lambda report: checkpoint.snapshot())
+            self._switch(lambda report: take())
         else:
-            self._build(checkpoint.snapshot())
+            self._build(take())
 
-    def _build(self, snapshot: Snapshot) -> TrainEngine:
-        """Make the engine and the loader of the current stage."""
+    def _build(self, snapshot: Snapshot | None) -> TrainEngine:
+        """Make the engine and the loader of the current stage, from the main rank's snapshot."""
         stage = self._state.stage
         resolved = self._resolved[stage]
         config = self.recipe.stage_model(stage)
@@ -238,7 +244,7 @@ class Trainer:
             if evaluates:
                 self._evaluate()
             if (saves and not is_last) or is_stopping:
-                self._save(f"step_{step:08d}")
+                self._save(f"step_{step:08d}", wait=is_stopping)
             if evaluates or saves:
                 window.restart()  # neither is training time
             if is_stopping:
@@ -256,16 +262,25 @@ class Trainer:
         waited = time.perf_counter() - began
         masked = sum(batch.num_masked for batch in batches)
         sequences = sum(len(batch.input_ids) for batch in batches)
-        wish = [masked, sequences, float(self._stop.is_requested)]
-        counts = distributed.sum_over_ranks(torch.tensor(wish, device=device))
+        stops = self._stop.is_requested or self._writer.has_failed
+        wish = torch.tensor([masked, sequences, float(stops)], device=device)
+        counts = distributed.sum_over_ranks(wish)
         rate, new_rate = stage_rates(self.recipe, step)
-        totals = self._engine.train_step(
-            batches,
-            learning_rate=rate,
-            new_learning_rate=new_rate,
-            counts=counts[:2].clamp(min=1),
-            seed=self.recipe.seed + step,
-        )
+        seed = self.recipe.seed + step
+        try:
+            totals = self._engine.train_step(
+                batches,
+                learning_rate=rate,
+                new_learning_rate=new_rate,
+                counts=counts[:2].clamp(min=1),
+                seed=seed,
+            )
+        except NonFiniteError as fault:
+            numbers = {"lr": rate, "dropout_seed": seed, "grad_norm": self._engine.grad_norm,
+                       "loss_scale": self._engine.loss_scale}  # fmt: skip
+            raise autopsy(
+                self.folder.autopsy, fault, self._engine, self._state, batches, numbers
+            ) from fault
         window.add(totals, batches, waited)
         chained = hashlib.sha256((self._state.sample_hash + digest).encode()).hexdigest()[:16]
         self._update(
@@ -290,45 +305,61 @@ class Trainer:
 
     # -- saving and switching ------------------------------------------------------------------
 
-    def _save(self, tag: str) -> Snapshot:
-        """Commit the current state under `tag`; all ranks learn whether it worked. Collective."""
+    def _save(self, tag: str, *, wait: bool = False) -> Snapshot | None:
+        """Begin to commit the current state under `tag`; with `wait`, return when that is done.
+
+        Returns it on the main rank. Raises CheckpointError, on all ranks, if this save, with
+        `wait`, or the one before failed. Collective.
+        """
         assert self._engine is not None
+        began = time.perf_counter()
+        self._settle()
+        self._check_replicas()
         snapshot = self._engine.snapshot()
         self._update(elapsed_seconds=self._elapsed())
         self._session_began = time.perf_counter()
-        fault = ""
-        if distributed.is_main():
-            try:
-                self._manager.save(tag, snapshot, self._state)
-            except CheckpointError as error:
-                fault = str(error)
-        if not distributed.all_ranks_agree(not fault, self._engine.device):
-            raise CheckpointError(fault or "the main rank could not write a checkpoint")
-        self._measure_symmetry(snapshot)
+        if snapshot is not None:
+            self._writer.write(tag, snapshot, self._state)
+            self._measure_symmetry(snapshot)
+        if wait:
+            self._settle()
+        self._log.save(self._state, tag, time.perf_counter() - began)
         return snapshot
+
+    def _settle(self) -> None:
+        """Wait for the save under way; all ranks learn whether it worked. Collective."""
+        distributed.only_on_main(self._writer.settle)
+
+    def _check_replicas(self) -> None:
+        """UserError if ranks that should hold the same weights do not: a broken host or driver."""
+        assert self._engine is not None
+        digest = self._engine.replica_digest()
+        digests = distributed.gather_objects(digest)
+        if len(set(digests)) > 1:
+            raise UserError(f"step {self._state.global_step}: the ranks' weights differ {digests}")
 
     def _measure_symmetry(self, snapshot: Snapshot) -> None:
         """Log how alike the copies are that the growth into this stage made of units."""
         stage, steps = self._state.stage, self._state.global_step
         steps -= stage_start(stage, self.recipe.stages)
-        if distributed.is_main() and stage and steps:
+        if stage and steps:
             similarity = StageGrowth(self.recipe, stage).similarity(snapshot.weights)
             self._log.symmetry(self._state, steps, similarity)
 
-    def _leave_stage(self, report: SwitchReport) -> Snapshot:
+    def _leave_stage(self, report: SwitchReport) -> Snapshot | None:
         """Save the stage's end and tear its engine down."""
         assert self._engine is not None
         assert self._loader is not None
         with report.timed("save"):
-            snapshot = self._save(f"stage{self._state.stage + 1}_end")
+            snapshot = self._save(f"stage{self._state.stage + 1}_end", wait=True)
         with report.timed("tear_down"):
             self._loader.close()
             self._engine.destroy()
             self._engine = None
         return snapshot
 
-    def _switch(self, take: Callable[[SwitchReport], Snapshot]) -> None:
-        """Grow into the next stage; `take` hands over the old stage's weights."""
+    def _switch(self, take: Callable[[SwitchReport], Snapshot | None]) -> None:
+        """Grow into the next stage; `take` hands over the old stage's state."""
         began = time.perf_counter()
         to_stage = self._state.stage + 1
         probe = self._data.probe(to_stage, engine.current_device())
@@ -336,7 +367,7 @@ class Trainer:
         if learned is not None:
             self._log.say(f"learning a growth map in {learned.steps} steps on the main rank")
 
-        def build(snapshot: Snapshot) -> TrainEngine:
+        def build(snapshot: Snapshot | None) -> TrainEngine:
             layers = self.recipe.stages[to_stage].num_hidden_layers
             self._update(stage=to_stage, num_hidden_layers=layers)
             return self._build(snapshot)

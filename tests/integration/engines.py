@@ -112,6 +112,15 @@ def train(
     return losses
 
 
+def state_of(trained: TrainEngine) -> Snapshot:
+    """The engine's state, on every rank: training itself never sends it. Collective."""
+    mine = trained.snapshot()
+    assert (mine is not None) == distributed.is_main()
+    state = distributed.on_main(lambda: mine)
+    assert state is not None
+    return state
+
+
 def build(
     zero_stage: int,
     precision: str,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engines import CASES, STILL, Case, build, fresh_weights, quick_and_slow, train
+from engines import CASES, STILL, Case, build, fresh_weights, quick_and_slow, state_of, train
 from hand_written_adam import HandWrittenAdam, gradients, worst_share
 from ranks import run_on_ranks
 from torch import Tensor
@@ -61,9 +61,9 @@ def compare(start: Snapshot, zero_stage: int, precision: str) -> Comparison:
     """Train `start` in the engine and by hand."""
     built = build(zero_stage, precision, start, STILL)
     train(built, range(1), RATE, NEW_RATE)
-    first = built.snapshot()
+    first = state_of(built)
     train(built, range(1, STEPS), RATE, NEW_RATE)
-    end = built.snapshot()
+    end = state_of(built)
     built.destroy()
     by_hand = HandWrittenAdam(start)
     dtype = torch.float64 if precision == "fp32" else torch.bfloat16

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from engines import CASES, STILL, Case, build, fresh_weights, quick_and_slow, train
+from engines import CASES, STILL, Case, build, fresh_weights, quick_and_slow, state_of, train
 from hand_written_adam import HandWrittenAdam, gradients, norm, worst_share
 from ranks import run_on_ranks
 from torch import Tensor
@@ -84,7 +84,7 @@ def freeze_and_thaw(zero_stage: int, precision: str, freeze: Freeze, sizes: list
     """Full steps, steps with `freeze`, full steps; each stage in an engine of its own."""
     first = build(zero_stage, precision, Snapshot(fresh_weights(STILL)), STILL)
     train(first, range(2), RATE)
-    start = first.snapshot()
+    start = state_of(first)
     first.destroy()
     names = trained_names(STILL, freeze)
     still = frozenset(start.weights.keys() - names)
@@ -95,11 +95,11 @@ def freeze_and_thaw(zero_stage: int, precision: str, freeze: Freeze, sizes: list
     reduced = sum(sizes)
     train(second, range(3, STEPS), RATE)
     after, grad_norm, numbers = copies(second, still), second.grad_norm, state_numel(second)
-    end = second.snapshot()
+    end = state_of(second)
     second.destroy()
     third = build(zero_stage, precision, end, STILL)
     train(third, range(STEPS, STEPS + 2), RATE)
-    last = third.snapshot()
+    last = state_of(third)
     third.destroy()
     by_hand, norm_by_hand = train_by_hand(start, sorted(names), precision)
     ours = {name: end.weights[name] for name in names}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 import torch
-from engines import CASES, CONFIG, build, fresh_weights, train
+from engines import CASES, CONFIG, build, fresh_weights, state_of, train
 from ranks import run_on_ranks
 
 from stacking import distributed, engine
@@ -19,15 +19,15 @@ def interrupted_and_whole(zero_stage: int, precision: str) -> tuple[list[float],
     """Losses of 3 + 3 steps with a rebuild between, of 6 steps at once, and equality of state."""
     first = build(zero_stage, precision, Snapshot(fresh_weights()))
     losses = train(first, range(3))
-    middle = first.snapshot()
+    middle = state_of(first)
     first.destroy()
     second = build(zero_stage, precision, middle)
     losses += train(second, range(3, 6))
-    end = second.snapshot()
+    end = state_of(second)
     second.destroy()
     whole = build(zero_stage, precision, Snapshot(fresh_weights()))
     expected = train(whole, range(6))
-    reference = whole.snapshot()
+    reference = state_of(whole)
     whole.destroy()
     steps = dict.fromkeys(reference.weights, 6)
     is_same = end.optimizer_steps == reference.optimizer_steps == steps and all(
@@ -42,7 +42,7 @@ def masters_after_a_build(zero_stage: int) -> float:
     """Largest difference between weights given to a bf16 engine and those it gives back."""
     weights = fresh_weights()
     built = build(zero_stage, "bf16", Snapshot(weights))
-    back = built.snapshot().weights
+    back = state_of(built).weights
     built.destroy()
     return max(float((back[name] - weights[name]).abs().max()) for name in weights)
 
@@ -95,7 +95,7 @@ def switch_many_times(zero_stage: int, switches: int) -> dict[str, object]:
     for step in range(switches):
         first = build(zero_stage, "fp32", Snapshot(weights), small)
         train(first, range(step, step + 1))
-        grown = grow_weights(first.snapshot().weights, small, CONFIG)
+        grown = grow_weights(state_of(first).weights, small, CONFIG)
         watched = [weakref.ref(first._engine), weakref.ref(first._engine.module)]
         first.destroy()
         second = build(zero_stage, "fp32", Snapshot(grown))

@@ -24,7 +24,7 @@ from stacking.checkpoint import (
 from stacking.config import BertConfig
 from stacking.errors import CheckpointError
 from stacking.modeling import BertForPreTraining
-from stacking.snapshot import Snapshot
+from stacking.snapshot import LossScaler, Snapshot
 
 
 def state(step: int, stage: int = 0) -> TrainState:
@@ -47,7 +47,7 @@ def snapshot() -> Snapshot:
         for k in ("exp_avg", "exp_avg_sq")
     }
     new = frozenset({"norm", "head.0", "layers.3.in.weight", "layers.3.out.weight"})
-    return Snapshot(weights, moments, steps, new, loss_scale=1024.0)
+    return Snapshot(weights, moments, steps, new, loss_scaler=LossScaler(1024.0, 7, 3, 2, 1))
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     back = loaded.snapshot()
     assert back.optimizer_steps == saved.optimizer_steps
     assert back.new_names == saved.new_names
-    assert back.loss_scale == 1024.0
+    assert back.loss_scaler == LossScaler(1024.0, 7, 3, 2, 1)
     assert back.weights.keys() == saved.weights.keys()
     for name, tensor in saved.weights.items():
         assert torch.equal(back.weights[name], tensor)

@@ -71,7 +71,9 @@ def trained(snapshot: Snapshot, is_one_by_one: bool) -> Snapshot:
             adam.zero_grad()
             model(inputs).square().sum().backward()
             adam.step()
-        snapshot = state.read()
+        found = state.read()
+        assert found is not None
+        snapshot = found
     return snapshot
 
 
@@ -99,6 +101,7 @@ def test_what_has_not_stepped_has_no_history() -> None:
     state = OptimizerState(SimpleNamespace(module=model, optimizer=adam, device="cpu"), groups)
     state.write(begun)
     found = state.read()
+    assert found is not None
     assert found.optimizer_steps == begun.optimizer_steps
     for key in MOMENTS:
         assert found.moments[key].keys() == begun.optimizer_steps.keys()
