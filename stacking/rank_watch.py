@@ -273,7 +273,7 @@ class RankWatch:
         if self._rank == 0:
             # The store ends with this process: the others read first.
             self._wait(lambda: not set(self._ledger.reachable(self._now)) - {0}, seconds)
-        else:
+        elif self._fault is not None:  # the main rank lives and wants to know who has read it
             self._wait(lambda: self._is_store_gone or self._said is self._state, seconds)
         if not (is_leaving and self._rank in fault.ranks):
             sys.stderr.write(f"error: {fault.text}; {_RESUMABLE}\n")

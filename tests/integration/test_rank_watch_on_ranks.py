@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from launching import free_port
+from ranks import run_on_ranks
 
 from stacking import distributed
 from stacking.errors import UserError
-from stacking.rank_ledger import WatchLimits
+from stacking.rank_agreement import require_equal
+from stacking.rank_ledger import SOON, WatchLimits
 from stacking.rank_watch import EXIT_CODE, RankWatch
 
 LIMITS = WatchLimits(dead_after=1.5, hung_after=2.0, error_grace=1.0)
@@ -37,6 +39,7 @@ class Plan:
     act: Act
     culprit: int
     is_deaf: bool = False  # as under NCCL, where a collective waits for a dead peer
+    limits: WatchLimits = LIMITS
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def train(watch: RankWatch, plan: Plan, folder: Path) -> None:
     for step in range(LAST):
         watch.mark(step, "reading data")
         if step == TURN and (is_everyone or distributed.rank() == plan.culprit):
-            time.sleep(0.4 * (1 + distributed.rank() * is_everyone))  # more than a beat
+            pauses = 1 + distributed.rank() * is_everyone
+            time.sleep(2.5 * plan.limits.interval * pauses)  # the others know of this place
             (folder / "deed").write_text(str(time.time()))
             plan.act()
         watch.mark(step, "training")
@@ -104,7 +108,7 @@ def rank_process(rank: int, ranks: int, port: int, plan: Plan, folder: Path) -> 
     )  # fmt: skip
     torch.distributed.init_process_group("gloo")
     try:
-        with RankWatch(LIMITS) as watch:
+        with RankWatch(plan.limits) as watch:
             train(watch, plan, folder)
     except UserError:
         sys.exit(2)
@@ -167,7 +171,7 @@ def check(found: list[End], culprit: int, after: float, before: float, message: 
 
 
 NAME = r"rank {} \(host \S+, pid \d+\)"
-SILENT = rf"error: {NAME} has given no sign of life for \d s \(last: step {TURN}, reading data\)"
+SILENT = rf"error: {NAME} has given no sign of life for \d+ s \(last: step {TURN}, reading data\)"
 
 
 def test_a_killed_rank_is_named_though_gloo_fails_first(tmp_path: Path) -> None:
@@ -176,6 +180,26 @@ def test_a_killed_rank_is_named_though_gloo_fails_first(tmp_path: Path) -> None:
     check(found, 1, LIMITS.soon - 0.5, LIMITS.soon, SILENT.format(1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_with_the_shipped_limits_a_failed_collective_is_explained_in_seconds(
+    tmp_path: Path, culprit: int
+) -> None:
+    found = ends(Plan(be_killed, culprit, limits=WatchLimits()), 3, tmp_path, limit=40.0)
+    message = SILENT.format(1) if culprit else rf"error: {NAME.format(0)} has gone without a word"
+    check(found, culprit, 0.0, SOON + 2.0, message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_with_the_shipped_limits_a_stopped_rank_is_named_after_half_a_minute(
+    tmp_path: Path, culprit: int
+) -> None:
+    found = ends(Plan(be_stopped, culprit, limits=WatchLimits()), 3, tmp_path, limit=60.0)
+    check(found, culprit, 28.0, 32.0, SILENT.format(culprit))
+
+
+@pytest.mark.slow
 def test_a_rank_killed_under_collectives_that_wait_for_ever_is_named(tmp_path: Path) -> None:
     found = ends(Plan(be_killed, 1, is_deaf=True), 2, tmp_path)
     check(found, 1, LIMITS.dead_after - 0.5, LIMITS.dead_after, SILENT.format(1))
@@ -198,7 +222,7 @@ def test_a_stopped_main_rank_is_noticed_by_the_others(tmp_path: Path) -> None:
     check(found, 0, LIMITS.dead_after - 0.5, LIMITS.dead_after, SILENT.format(0))
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_hangs_is_named_on_all(tmp_path: Path, culprit: int) -> None:
     found = ends(Plan(sleep, culprit), 2, tmp_path)
     message = (
@@ -214,7 +238,7 @@ def test_where_all_hang_at_one_place_nobody_is_blamed(tmp_path: Path) -> None:
     check(found, -1, LIMITS.hung_after - 0.5, LIMITS.hung_after, message)
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_bug_of_one_rank_ends_the_others_with_its_words(tmp_path: Path, culprit: int) -> None:
     found = ends(Plan(fail, culprit), 2, tmp_path)
     assert found[culprit].code == 1
@@ -224,7 +248,7 @@ def test_a_bug_of_one_rank_ends_the_others_with_its_words(tmp_path: Path, culpri
     check(found, culprit, 0.0, LIMITS.error_grace, message)
 
 
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("culprit", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_bug_is_told_also_where_collectives_wait_for_ever(tmp_path: Path, culprit: int) -> None:
     found = ends(Plan(fail, culprit, is_deaf=True), 2, tmp_path)
     message = rf"error: {NAME.format(culprit)} ended with an error .*: ValueError: a bug on one"
@@ -235,6 +259,25 @@ def test_a_users_mistake_on_all_ranks_stays_that(tmp_path: Path) -> None:
     found = ends(Plan(refuse, -1), 3, tmp_path)
     assert [end.code for end in found] == [2, 2, 2]
     assert not any("error: " in end.said for end in found)
+
+
+def disagree() -> str:
+    torch.distributed.init_process_group("gloo")
+    try:
+        value = "12ab" if distributed.rank() == 1 else "77cd"
+        require_equal({"the recipe": value, "the data": "same"})
+    except UserError as error:
+        return str(error)
+    finally:
+        distributed.shut_down()
+    return "nothing"
+
+
+def test_ranks_that_hold_different_recipes_hear_the_same_message() -> None:
+    answers = run_on_ranks(disagree, 3)
+    assert len(set(answers)) == 1
+    found = rf"the recipe: {NAME.format(1)} has 12ab, ranks 0 and 2 have 77cd$"
+    assert re.search(found, str(answers[0])), answers
 
 
 def test_an_orderly_end_is_no_fault(tmp_path: Path) -> None:
