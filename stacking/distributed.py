@@ -172,3 +172,21 @@ def shut_down() -> None:
     """Destroy the process group: gloo jobs abort at random at exit without it."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def master_address() -> str:
+    """The host on which all ranks meet, as the launcher named it; "" where it named none."""
+    return os.environ.get("MASTER_ADDR", "")
+
+
+def rank_name() -> str:
+    """This process for a message: "rank 3 (host node7, pid 4242)"."""
+    return f"rank {rank()} (host {socket.gethostname()}, pid {os.getpid()})"
+
+
+def texts_of_all(text: str) -> list[str]:
+    """What every rank gave, by rank, on every rank. Collective."""
+    texts = [text] * world_size()
+    if distributed.is_initialized():
+        distributed.all_gather_object(texts, text)
+    return texts

@@ -1,0 +1,267 @@
+"""What follows from beats, with a clock of the test's own; the watch of one rank; what is lost."""
+
+import socket
+import threading
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from stacking import rank_agreement
+from stacking.distributed import rank_name
+from stacking.errors import UserError
+from stacking.rank_agreement import listed, require_equal, stretches
+from stacking.rank_ledger import Beat, Fault, Place, RankLedger, State, WatchLimits
+from stacking.rank_watch import RankWatch, is_lost_peer
+
+LIMITS = WatchLimits(dead_after=30.0, hung_after=300.0, error_grace=10.0)
+RUNNING = State.RUNNING
+
+
+class Ranks:
+    """Ranks that beat once a second; `silent` ones do not."""
+
+    def __init__(self, count: int) -> None:
+        self.now = 0.0
+        self.ledger = RankLedger(
+            [f"rank {rank} (host h, pid {rank})" for rank in range(count)], LIMITS
+        )
+        self.states = [RUNNING] * count
+        self.details = [""] * count
+        self.places = [Place(1, 0, "training")] * count
+        self.silent: set[int] = set()
+        self._number = 0
+
+    def fault_within(self, seconds: int) -> tuple[float, Fault] | None:
+        """When the first fault was found, and which."""
+        for _ in range(seconds):
+            self.now += 1.0
+            self._number += 1
+            for rank in set(range(len(self.states))) - self.silent:
+                beat = Beat(self._number, self.states[rank], self.places[rank], self.details[rank])
+                self.ledger.hear(rank, beat, self.now)
+            if fault := self.ledger.fault(self.now):
+                return self.now, fault
+        return None
+
+    def expect(self, seconds: int) -> tuple[float, Fault]:
+        found = self.fault_within(seconds)
+        assert found is not None
+        return found
+
+
+def test_ranks_that_beat_and_move_are_well() -> None:
+    ranks = Ranks(3)
+    for step in range(20):
+        ranks.places = [Place(step, 0, "training")] * 3
+        assert ranks.fault_within(200) is None
+
+
+def test_a_silent_rank_is_dead_after_the_limit_and_not_before() -> None:
+    ranks = Ranks(3)
+    assert ranks.fault_within(5) is None
+    ranks.silent = {1}
+    assert ranks.fault_within(30) is None
+    now, fault = ranks.expect(1)
+    assert now == 36.0
+    assert fault.ranks == (1,)
+    assert fault.text == (
+        "rank 1 (host h, pid 1) has given no sign of life for 31 s (last: step 1, training)"
+    )
+
+
+def test_a_rank_that_never_said_anything_is_dead_too() -> None:
+    ranks = Ranks(2)
+    ranks.silent = {1}
+    assert ranks.expect(31)[1].text.endswith("(last: step 0, starting)")
+
+
+def test_a_beat_that_was_read_before_is_no_sign_of_life() -> None:
+    ledger = RankLedger(["a", "b"], LIMITS)
+    for now in range(40):
+        ledger.hear(0, Beat(now, RUNNING, Place()), now)
+        ledger.hear(1, Beat(7, RUNNING, Place()), now)
+    fault = ledger.fault(40.0)
+    assert fault is not None
+    assert fault.ranks == (1,)
+
+
+def test_a_broken_collective_shortens_the_wait_for_the_dead_rank() -> None:
+    ranks = Ranks(3)
+    assert ranks.fault_within(5) is None
+    ranks.silent = {2}
+    ranks.states[0] = ranks.states[1] = State.LOST
+    now, fault = ranks.expect(10)
+    assert now == 11.0
+    assert fault.ranks == (2,)
+
+
+def test_a_broken_collective_of_ranks_that_all_live_is_told_as_such() -> None:
+    ranks = Ranks(3)
+    ranks.states = [State.LOST, State.LOST, State.BYE]
+    ranks.details[0] = "RuntimeError: Connection reset by peer"
+    now, fault = ranks.expect(20)
+    assert now <= 10.0
+    assert fault.ranks == ()
+    assert "rank 0 (host h, pid 0) lost its connection to the others, though all" in fault.text
+    assert "left before in order: rank 2 (host h, pid 2)" in fault.text
+    assert fault.text.endswith("Connection reset by peer")
+
+
+def test_the_rank_behind_the_others_hangs() -> None:
+    ranks = Ranks(3)
+    ranks.places = [Place(7, 2, "training"), Place(7, 1, "reading data"), Place(7, 2, "training")]
+    assert ranks.fault_within(301) is None
+    now, fault = ranks.expect(1)
+    assert fault.ranks == (1,)
+    assert fault.text == (
+        "rank 1 (host h, pid 1) has hung for 301 s (last: step 7, reading data; others wait at: "
+        "step 7, training)"
+    )
+
+
+def test_a_later_phase_of_an_earlier_step_is_behind() -> None:
+    ranks = Ranks(2)
+    ranks.places = [Place(8, 0, "reading data"), Place(7, 9, "saving")]
+    assert ranks.expect(303)[1].ranks == (1,)
+
+
+def test_one_rank_that_still_moves_is_enough() -> None:
+    ranks = Ranks(2)
+    for nth in range(5):
+        ranks.places[0] = Place(7, nth, "evaluating")
+        assert ranks.fault_within(299) is None
+    assert ranks.expect(10)[1].ranks == (1,)
+
+
+def test_ranks_that_hang_at_one_place_are_not_blamed() -> None:
+    ranks = Ranks(2)
+    fault = ranks.expect(303)[1]
+    assert fault.ranks == ()
+    assert fault.text.startswith("no rank has come further than step 1, training for 301 s")
+
+
+def test_a_phase_may_claim_more_time_for_all() -> None:
+    ranks = Ranks(2)
+    ranks.places[0] = Place(1, 1, "growing", 1000.0)
+    assert ranks.fault_within(1000) is None
+    assert ranks.fault_within(3) is not None
+
+
+def test_an_error_of_all_is_nobodys_fault_and_of_one_is_told_after_the_grace() -> None:
+    ranks = Ranks(3)
+    ranks.states[1], ranks.details[1] = State.ERROR, "ValueError: a bug"
+    assert ranks.fault_within(10) is None
+    ranks.states = [State.ERROR] * 3
+    assert ranks.fault_within(400) is None
+    ranks = Ranks(3)
+    ranks.states[1], ranks.details[1] = State.ERROR, "ValueError: a bug"
+    now, fault = ranks.expect(20)
+    assert now == 12.0
+    assert fault.ranks == (1,)
+    assert fault.text == (
+        "rank 1 (host h, pid 1) ended with an error (last: step 1, training): ValueError: a bug"
+    )
+
+
+def test_an_error_that_broke_the_others_collectives_is_told_at_once() -> None:
+    ranks = Ranks(3)
+    ranks.states = [State.LOST, State.ERROR, State.LOST]
+    assert ranks.expect(1)[1].ranks == (1,)
+
+
+def test_who_left_in_order_is_never_dead_nor_hung() -> None:
+    ranks = Ranks(3)
+    ranks.states = [State.BYE] * 3
+    assert ranks.fault_within(1) is None
+    ranks.silent = {0, 1, 2}
+    assert ranks.fault_within(400) is None
+
+
+def test_of_many_dead_ranks_a_few_are_named() -> None:
+    ranks = Ranks(9)
+    ranks.silent = set(range(2, 9))
+    fault = ranks.expect(40)[1]
+    assert fault.ranks == tuple(range(2, 9))
+    assert fault.text.count("no sign of life") == 4
+    assert fault.text.endswith("; 3 more likewise")
+
+
+def test_beats_and_faults_travel_unchanged() -> None:
+    beat = Beat(3, State.ERROR, Place(7, 2, "growing", 60.0), 'a "quoted" word')
+    assert Beat.unpacked(beat.packed().encode()) == beat
+    assert Beat.unpacked(b"") is None
+    fault = Fault("all is lost", (1, 2))
+    assert Fault.unpacked(fault.packed().encode()) == fault
+    assert Fault.unpacked(b"") is None
+
+
+def test_one_rank_has_no_thread_and_marks_all_the_same() -> None:
+    before = threading.active_count()
+    with RankWatch() as watch:
+        watch.mark(1, "training")
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed"), True),
+        (torch.distributed.DistBackendError("remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ConnectionResetError("Connection reset by peer"), False),
+        (UserError("--run-dir /gloo/NCCL: exists"), False),
+    ],
+)
+def test_only_a_failed_collective_is_anothers_fault(error: Exception, is_lost: bool) -> None:
+    assert is_lost_peer(error) is is_lost
+
+
+def test_an_error_that_a_lost_peer_led_to_counts_as_lost() -> None:
+    error = ValueError("while tidying up")
+    error.__context__ = RuntimeError("gloo: Connection closed by peer")
+    assert is_lost_peer(error)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, held: Mapping[str, list[str]], ranks: int) -> None:
+    """The module believes in several ranks that hold these values."""
+    by_own = {values[0]: values for values in held.values()}
+    names = [f"rank {rank} (host h{rank}, pid 1)" for rank in range(ranks)]
+
+    def texts_of_all(text: str) -> list[str]:
+        return by_own.get(text, names)
+
+    monkeypatch.setattr(rank_agreement, "texts_of_all", texts_of_all)
+
+
+def test_ranks_that_differ_are_named_with_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"recipe": ["77cd", "77cd", "12ab", "77cd"], "data": ["d"] * 4, "torch": ["1", "2"] * 2}
+    pretend(monkeypatch, held, 4)
+    with pytest.raises(UserError) as fault:
+        require_equal({what: values[0] for what, values in held.items()})
+    assert str(fault.value) == (
+        "the ranks do not agree; give all hosts the same files and packages: recipe: "
+        "rank 2 (host h2, pid 1) has 12ab, ranks 0, 1 and 3 have 77cd; torch: rank 0 (host h0, "
+        "pid 1) and rank 2 (host h2, pid 1) have 1, rank 1 (host h1, pid 1) and rank 3 (host h3, "
+        "pid 1) have 2"
+    )
+
+
+def test_ranks_that_agree_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, {"recipe": ["a"] * 3}, 3)
+    require_equal({"recipe": "a"})
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    require_equal({"recipe": "a"})
+
+
+def test_lists_of_ranks_are_short() -> None:
+    assert stretches([0, 1, 2, 3, 5, 8, 9]) == ["0-3", "5", "8", "9"]
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_this_process_has_a_name() -> None:
+    assert rank_name().startswith(f"rank 0 (host {socket.gethostname()}, pid ")
