@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--max-steps", type=int, default=None, metavar="N",
         help="stop likewise when the whole run has done N optimizer steps")  # fmt: skip
+    add("--hang-timeout", default="5m", metavar="5m",
+        help="end all ranks, with exit code 4, when none has got on for so long")  # fmt: skip
     add("--strict-precision", action="store_true",
         help="refuse to run in another precision than the JSON's")  # fmt: skip
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -47,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """0 done, 1 our bug, 2 the user's mistake, 3 stopped early and resumable."""
+    """0 done, 1 our bug, 2 the user's mistake, 3 stopped early and resumable, 4 a rank was lost."""
     arguments = parse_arguments()
     try:
         trainer = Trainer(
@@ -61,6 +63,7 @@ def main() -> int:
                 None if arguments.time_limit is None else parse_duration(arguments.time_limit),
                 arguments.max_steps,
             ),
+            hang_timeout=parse_duration(arguments.hang_timeout, "--hang-timeout"),
         )
         outcome = trainer.fit()
     except (UserError, OSError) as error:

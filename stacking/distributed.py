@@ -182,11 +182,3 @@ def master_address() -> str:
 def rank_name() -> str:
     """This process for a message: "rank 3 (host node7, pid 4242)"."""
     return f"rank {rank()} (host {socket.gethostname()}, pid {os.getpid()})"
-
-
-def texts_of_all(text: str) -> list[str]:
-    """What every rank gave, by rank, on every rank. Collective."""
-    texts = [text] * world_size()
-    if distributed.is_initialized():
-        distributed.all_gather_object(texts, text)
-    return texts

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from stacking import distributed
+from stacking import __version__, distributed
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
@@ -47,8 +47,11 @@ except ImportError:  # `from stacking import grow` works without it; start() say
     deepspeed = None
 
 
-def start(timeout_minutes: float = 10.0) -> Accelerator:
+def start(timeout_minutes: float = 40.0) -> Accelerator:
     """Join the process group and say what this machine can do.
+
+    `timeout_minutes`: of one collective; long, as others wait in one while the main rank grows a
+    model. Ranks that hang are found by rank_watch.py, sooner and by name.
 
     Raises ConfigError where DeepSpeed is not installed.
     """
@@ -75,6 +78,11 @@ def start(timeout_minutes: float = 10.0) -> Accelerator:
 def _has_fused_adam() -> bool:
     """Whether DeepSpeed's FusedAdam kernel is built in, or a CUDA toolkit is here to build it."""
     return bool(installed_ops.get("fused_adam")) or cpp_extension.CUDA_HOME is not None
+
+
+def versions() -> str:
+    """Of what every rank must have the same of."""
+    return f"{torch.__version__}, {deepspeed.__version__}, {__version__}"
 
 
 def current_device() -> torch.device:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from stacking.distributed import rank_name, texts_of_all
+from stacking.distributed import gather_objects, rank_name
 from stacking.errors import UserError
 
 _NAMED = 4  # ranks of a dissenting group that are named with host and pid
@@ -18,10 +18,10 @@ def require_equal(values: Mapping[str, str]) -> None:
         UserError: on all ranks the same, naming each thing that differs, its values and the ranks
             that hold them: one host has another checkout, environment or data folder.
     """
-    names = texts_of_all(rank_name())
+    names = gather_objects(rank_name())
     faults = []
     for what, value in values.items():
-        found = texts_of_all(value)
+        found = gather_objects(value)
         if len(set(found)) > 1:
             faults.append(f"{what}: {_groups(found, names)}")
     if faults:

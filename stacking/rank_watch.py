@@ -104,7 +104,7 @@ class RankWatch:
         if distributed.world_size() == 1:
             return self
         self._rank = distributed.rank()
-        self._names = distributed.texts_of_all(distributed.rank_name())
+        self._names = distributed.gather_objects(distributed.rank_name())
         self._ledger = RankLedger(self._names, self._limits)
         port = distributed.on_main(self._open)
         distributed.together(lambda: self._join(port))

@@ -37,6 +37,11 @@ class RunData:
                 model, data = recipe.stage_model(stage), recipe.stage_data(stage)
                 check_compatible(shards, model, data, may_cut=True)
 
+    @property
+    def fingerprint(self) -> int:
+        """Of the training shards: the same on every host, or the ranks train on different data."""
+        return self._training.fingerprint
+
     def loader(self, stage: int, micro_batch_size: int) -> PretrainingLoader:
         """This rank's training batches of `stage`, from the first sample on."""
         return PretrainingLoader(

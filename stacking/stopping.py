@@ -36,12 +36,12 @@ class StopLimits:
             raise ConfigError("--time-limit: got no time; allowed: more than 0 seconds")
 
 
-def parse_duration(text: str) -> float:
-    """ "2h", "90m", "1d12h", "45s" -> seconds; ConfigError otherwise."""
+def parse_duration(text: str, flag: str = "--time-limit") -> float:
+    """ "2h", "90m", "1d12h", "45s" -> seconds; ConfigError, which names `flag`, otherwise."""
     match = _DURATION.fullmatch(text)
     if not text or match is None:
         raise ConfigError(
-            f"--time-limit: got {text!r}; allowed: days, hours, minutes and seconds, such as 2h, "
+            f"{flag}: got {text!r}; allowed: days, hours, minutes and seconds, such as 2h, "
             "90m or 1d12h"
         )
     days, hours, minutes, seconds = (int(number or 0) for number in match.groups())

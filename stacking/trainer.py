@@ -5,6 +5,7 @@ TRAIN a stage -> SAVE its end -> SWITCH to the next -> TRAIN ... -> DONE.
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -25,10 +26,13 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
-from stacking.errors import CheckpointError, ConfigError, NonFiniteError, UserError
+from stacking.errors import CheckpointError, ConfigError, NonFiniteError
 from stacking.growth.legality import recipe_faults
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
+from stacking.rank_agreement import require_equal
+from stacking.rank_ledger import WatchLimits
+from stacking.rank_watch import RankWatch
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
@@ -37,6 +41,9 @@ from stacking.snapshot import Snapshot
 from stacking.stage_growth import StageGrowth
 from stacking.stage_switch import SwitchReport, switch_stage
 from stacking.stopping import StopLimits, StopRequest
+
+EXPECTED_AT_MOST = 1800.0
+"""Seconds that an evaluation, a save or a growth may take before it counts as hanging."""
 
 
 class Outcome(Enum):
@@ -59,13 +66,19 @@ class Trainer:
         resume: str = "auto",
         strict_precision: bool = False,
         limits: StopLimits | None = None,
+        hang_timeout: float = WatchLimits.hung_after,
     ) -> None:
         """Refuse a growth that is not possible (ConfigError), the same on all ranks.
+
+        `hang_timeout`: seconds without progress on any rank after which the process ends (exit
+        code 4; see rank_watch.py).
 
         All else is checked in fit(), where all ranks hear of a fault that one of them finds.
         """
         if faults := recipe_faults(recipe):
             raise ConfigError(faults)
+        if hang_timeout <= 0:
+            raise ConfigError("--hang-timeout: got no time; allowed: more than 0 seconds")
         self.recipe = recipe
         self.folder = RunFolder(run_dir)
         self._deepspeed_config = deepspeed_config
@@ -73,6 +86,7 @@ class Trainer:
         self._resume = resume
         self._strict_precision = strict_precision
         self._limits = limits or StopLimits()
+        self._watch = RankWatch(WatchLimits(hung_after=hang_timeout))
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
@@ -82,31 +96,47 @@ class Trainer:
         """Train to the end, to a limit or to the first signal. Collective."""
         try:
             accelerator = engine.start()
-            distributed.together(lambda: self._prepare(accelerator))
-            distributed.on_main(self._enter_folder)
-            engine.log_to(self.folder.log)
-            stages = len(self.recipe.stages)
-            with (
-                ProgressReporter(self.recipe.total_steps, stages) as progress,
-                StopRequest(self._limits.seconds) as self._stop,
-                CheckpointWriter(self._manager) as self._writer,
-            ):
-                self._log = RunLog(
-                    self.recipe,
-                    self.folder,
-                    progress,
-                    device=engine.current_device(),
-                    precision=self._resolved[0].precision,
-                )
-                outcome = self._run()
-                if self._engine is not None:
-                    self._engine.destroy()
-                return outcome
+            with self._watch:
+                return self._fit(accelerator)
         finally:
             # Also after a fault: a thread that still reads while Python ends aborts the process.
             if self._loader is not None:
                 self._loader.close()
             distributed.shut_down()
+
+    def _fit(self, accelerator: Accelerator) -> Outcome:
+        self._watch.mark(0, "checking data and settings")
+        distributed.together(lambda: self._prepare(accelerator))
+        require_equal(self._what_ranks_share())
+        distributed.on_main(self._enter_folder)
+        engine.log_to(self.folder.log)
+        stages = len(self.recipe.stages)
+        with (
+            ProgressReporter(self.recipe.total_steps, stages) as progress,
+            StopRequest(self._limits.seconds) as self._stop,
+            CheckpointWriter(self._manager) as self._writer,
+        ):
+            self._log = RunLog(
+                self.recipe,
+                self.folder,
+                progress,
+                device=engine.current_device(),
+                precision=self._resolved[0].precision,
+            )
+            outcome = self._run()
+            if self._engine is not None:
+                self._engine.destroy()
+            return outcome
+
+    def _what_ranks_share(self) -> dict[str, str]:
+        """What must be equal on all ranks, shortly."""
+        settings = json.dumps([stage.deepspeed for stage in self._resolved], sort_keys=True)
+        return {
+            "the recipe": recipe_sha256(self.recipe)[:12],
+            "the DeepSpeed JSON": hashlib.sha256(settings.encode()).hexdigest()[:12],
+            "the data": str(self._data.fingerprint),
+            "the versions of torch, DeepSpeed and this trainer": engine.versions(),
+        }
 
     def _prepare(self, accelerator: Accelerator) -> None:
         """Check data and engine settings; reads only."""
@@ -256,10 +286,12 @@ class Trainer:
         assert self._engine is not None
         assert self._loader is not None
         step = self._state.global_step
+        self._watch.mark(step + 1, "reading data")
         began = time.perf_counter()
         digest = self._loader.sample_hash(step)
         batches = next(self._loader)
         waited = time.perf_counter() - began
+        self._watch.mark(step + 1, "training")
         masked = sum(batch.num_masked for batch in batches)
         sequences = sum(len(batch.input_ids) for batch in batches)
         stops = self._stop.is_requested or self._writer.has_failed
@@ -300,6 +332,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         assert self._engine is not None
+        self._watch.mark(self._state.global_step, "evaluating", EXPECTED_AT_MOST)
         totals = self._engine.evaluate(self._data.validation(self._state.stage)).tolist()
         self._log.evaluation(self._engine, self._state, totals, self._elapsed())
 
@@ -313,6 +346,7 @@ class Trainer:
         """
         assert self._engine is not None
         began = time.perf_counter()
+        self._watch.mark(self._state.global_step, "saving", EXPECTED_AT_MOST)
         self._settle()
         self._check_replicas()
         snapshot = self._engine.snapshot()
@@ -333,10 +367,8 @@ class Trainer:
     def _check_replicas(self) -> None:
         """UserError if ranks that should hold the same weights do not: a broken host or driver."""
         assert self._engine is not None
-        digest = self._engine.replica_digest()
-        digests = distributed.gather_objects(digest)
-        if len(set(digests)) > 1:
-            raise UserError(f"step {self._state.global_step}: the ranks' weights differ {digests}")
+        weights = f"the weights at step {self._state.global_step}"
+        require_equal({weights: str(self._engine.replica_digest())})
 
     def _measure_symmetry(self, snapshot: Snapshot) -> None:
         """Log how alike the copies are that the growth into this stage made of units."""
@@ -361,6 +393,7 @@ class Trainer:
     def _switch(self, take: Callable[[SwitchReport], Snapshot | None]) -> None:
         """Grow into the next stage; `take` hands over the old stage's state."""
         began = time.perf_counter()
+        self._watch.mark(self._state.global_step, "growing", EXPECTED_AT_MOST)
         to_stage = self._state.stage + 1
         probe = self._data.probe(to_stage, engine.current_device())
         learned = self.recipe.stages[to_stage].learned

@@ -32,7 +32,7 @@ FLAGS = {
     "prepare_data.py check": {JSON, "--tokenizer"},
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
-        "--strict-precision", "--time-limit", "--max-steps",
+        "--strict-precision", "--time-limit", "--max-steps", "--hang-timeout",
     },
     "export.py": {"--out", "--tag", JSON},
     "report.py": {JSON},

@@ -229,10 +229,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, held: Mapping[str, list[str]], rank
     by_own = {values[0]: values for values in held.values()}
     names = [f"rank {rank} (host h{rank}, pid 1)" for rank in range(ranks)]
 
-    def texts_of_all(text: str) -> list[str]:
+    def gather_objects(text: str) -> list[str]:
         return by_own.get(text, names)
 
-    monkeypatch.setattr(rank_agreement, "texts_of_all", texts_of_all)
+    monkeypatch.setattr(rank_agreement, "gather_objects", gather_objects)
 
 
 def test_ranks_that_differ_are_named_with_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
