@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import cpp_extension
 
-from stacking import distributed
+from stacking import distributed, engine_options
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
+from stacking.encoder import EncoderLayer
 from stacking.errors import ConfigError
 from stacking.freezing import apply_freeze
 from stacking.modeling import BertForPreTraining
@@ -112,11 +113,15 @@ class TrainEngine:
         self._frozen_shapes = {name: weight.shape for name, weight in still.items()}
         self._new_names = snapshot.new_names
         self._groups = parameter_groups(model, optimizer, snapshot)
+        if resolved.compile is not None:
+            # ZeRO-3 then gathers a layer at a time, and none of its hooks is inside the graph.
+            deepspeed.utils.set_z3_leaf_modules(model, [EncoderLayer])
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=[group.for_optimizer(model) for group in self._groups],
             config=copy.deepcopy(resolved.deepspeed),  # DeepSpeed keeps and edits what it is given
         )
+        engine_options.apply(model, resolved)
         OptimizerState(self._engine, self._groups).write(snapshot)
         if snapshot.loss_scale is not None and self._loss_scaler() is not None:
             self._loss_scaler().cur_scale = snapshot.loss_scale

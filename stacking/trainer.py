@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from stacking import distributed, engine, metrics
+from stacking import distributed, engine, engine_options, metrics
 from stacking.checkpoint import Checkpoint, CheckpointManager, TrainState
 from stacking.config import Recipe
 from stacking.dataset import PretrainingLoader
 from stacking.deepspeed_config import (
     Accelerator,
     DeepSpeedConfig,
+    ResolvedEngine,
     place_monitors,
     resolve_stages,
 )
@@ -74,6 +75,7 @@ class Trainer:
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
+        self._resolved: list[ResolvedEngine] = []
         self._is_stopping = False
 
     def fit(self) -> Outcome:
@@ -81,6 +83,7 @@ class Trainer:
         try:
             accelerator = engine.start()
             distributed.together(lambda: self._prepare(accelerator))
+            self._resolved = engine_options.settle(self._resolved, engine.current_device())
             distributed.on_main(self._enter_folder)
             engine.log_to(self.folder.log)
             stages = len(self.recipe.stages)

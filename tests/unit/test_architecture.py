@@ -29,7 +29,7 @@ LAYERS = {
     2: {"snapshot", "parameter_groups", "functional", "positions", "layers", "attention",
         "pooling", "encoder", "modeling", "growth", "freezing", "sample_order", "shard_reader",
         "truncation", "batch", "dataset", "cost", "metrics"},
-    3: {"engine", "optimizer_state", "checkpoint", "run_folder"},
+    3: {"engine", "engine_options", "optimizer_state", "checkpoint", "run_folder"},
     4: {"stage_growth", "stage_switch"},
     5: {"run_data", "run_log", "trainer", "hf", "hf_homes", "hf_tokenizer", "hf_folder",
         "hf_grow", "hf_probe", "hf_side_files", "glue", "squad", "attention_maps",
