@@ -97,6 +97,7 @@ def _faults_between(settings: EngineSettings) -> list[str]:
         *_gradient_faults(settings),
         *_offload_faults(settings),
         *_optimizer_faults(settings),
+        *_layer_faults(settings),
     ]
 
 
@@ -185,3 +186,14 @@ def _optimizer_faults(settings: EngineSettings) -> list[str]:
             "of each matrix is lost; or AdamW"
         )
     return faults
+
+
+def _layer_faults(settings: EngineSettings) -> list[str]:
+    is_recomputed, is_compiled = settings.activation_checkpointing.enabled, settings.compile.enabled
+    if settings.zero_optimization.stage < 3 or not (is_recomputed and is_compiled):
+        return []
+    return [
+        "compile.enabled: got true with activation_checkpointing at ZeRO stage 3; allowed: one of "
+        "them, because DeepSpeed releases a layer's parameters after it is computed again, before "
+        "the compiled backward pass is through"
+    ]

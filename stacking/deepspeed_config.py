@@ -12,7 +12,7 @@ from typing import Literal
 from stacking.config import Recipe
 from stacking.config_loading import JsonObject, merge, read_json_object
 from stacking.deepspeed_checks import DeepSpeedConfig, check_document
-from stacking.deepspeed_schema import EngineSettings
+from stacking.deepspeed_schema import Compile, EngineSettings
 from stacking.errors import ConfigError
 
 __all__ = [
@@ -56,6 +56,8 @@ class ResolvedEngine:
     gradient_accumulation_steps: int
     log_every: int  # optimizer steps between lines of metrics
     apex_layer_norm: bool
+    checkpoint_interval: int  # every so many layers that train are recomputed; 0: none
+    compile: Compile | None  # how the layers are compiled; None: not
     notices: tuple[str, ...]  # what differs from the JSON, one line each, for everybody
     debug_notices: tuple[str, ...]  # differences that change no number
 
@@ -112,6 +114,8 @@ def resolve(
         gradient_accumulation_steps=accumulation,
         log_every=settings.steps_per_print,
         apex_layer_norm=settings.apex.fused_layer_norm and accelerator.kind == "cuda",
+        checkpoint_interval=_checkpoint_interval(settings),
+        compile=settings.compile if settings.compile.enabled else None,
         notices=tuple(notices),
         debug_notices=_optimizer_notes(settings, accelerator),
     )
@@ -170,6 +174,11 @@ def asked_precision(settings: EngineSettings) -> Precision:
     if settings.bf16.enabled:
         return "bf16"
     return "bf16_autocast" if settings.torch_autocast.enabled else "fp32"
+
+
+def _checkpoint_interval(settings: EngineSettings) -> int:
+    block = settings.activation_checkpointing
+    return block.interval if block.enabled else 0
 
 
 def _for_stage(config: DeepSpeedConfig, recipe: Recipe, stage: int) -> DeepSpeedConfig:
@@ -258,7 +267,8 @@ def _device_faults(settings: EngineSettings, accelerator: Accelerator) -> list[s
 def _with_precision(config: DeepSpeedConfig, given: Precision) -> JsonObject:
     """A copy for DeepSpeed, with the asked 16-bit type replaced where this device runs another."""
     document = copy.deepcopy(config.document)
-    document.pop("apex", None)  # ours, not DeepSpeed's
+    for ours in ("apex", "activation_checkpointing", "compile"):
+        document.pop(ours, None)  # not DeepSpeed's
     asked = asked_precision(config.settings)
     if asked == given:
         return document

@@ -47,13 +47,39 @@ REMOVED = {
 
 # Keys that DeepSpeed knows and this trainer cannot honour -> why.
 REFUSED = {
-    "activation_checkpointing": "DeepSpeed applies it only to models that call its own functions, "
-    "so here it would do nothing; use a smaller micro batch or ZeRO-3",
+    **{
+        f"activation_checkpointing.{key}": "DeepSpeed applies it only to models that call its own "
+        "functions; here torch checkpoints the layers: enabled and interval"
+        for key in (
+            "partition_activations",
+            "contiguous_memory_optimization",
+            "cpu_checkpointing",
+            "number_checkpoints",
+            "synchronize_checkpoint_boundary",
+            "profile",
+        )
+    },
     "aio": "NVMe offload is not supported; offload to the cpu",
     "autotuning": "it restarts the script and ends the process between stages; "
     "tune each depth by hand with 'deepspeed' inside the recipe's stages",
     "checkpoint": "checkpoints are written by this trainer, see the recipe's checkpoint",
-    "compile": "DeepCompile does not survive the change of model between stages",
+    **{
+        f"compile.{key}": "DeepCompile makes one graph of one whole model, on a GPU only, which "
+        "does not survive the change of model between stages; here torch compiles the layers"
+        for key in (
+            "deepcompile",
+            "autoep_non_moe",
+            "passes",
+            "offload_activation",
+            "offload_parameters",
+            "offload_opt_states",
+            "free_activation",
+            "free_activation_threshold",
+            "double_buffer",
+            "symmetric_memory",
+            "debug_log",
+        )
+    },
     "gradient_allreduce_op": "losses are divided by global counts, which needs the default, mean",
     "hybrid_engine": "it is for inference",
     "managed_gradient_accumulation": "the trainer calls the engine on every micro batch",
@@ -242,6 +268,32 @@ class Apex(Frozen):
     fused_layer_norm: bool = False
 
 
+class ActivationCheckpointing(Frozen):
+    """Ours, not DeepSpeed's: layers whose activations are computed again in the backward pass."""
+
+    enabled: bool = False
+    interval: _Positive = Field(
+        default=1, description="Every interval-th layer that trains; 1: all of them."
+    )
+
+
+class Compile(Frozen):
+    """Ours, not DeepSpeed's: torch.compile on the encoder layers, in training and evaluation."""
+
+    enabled: bool = False
+    backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        default="inductor", description="Only inductor is faster; the others are to find faults."
+    )
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = Field(
+        default="default", description="Of inductor: how long it looks for fast kernels."
+    )
+    dynamic: bool | None = Field(
+        default=None,
+        description="true: one graph for all sizes; false: one for each; "
+        "null: for the first sizes, and one for all once they change.",
+    )
+
+
 class EngineSettings(Frozen):
     """A whole DeepSpeed JSON: how the engine runs on given hardware."""
 
@@ -272,3 +324,7 @@ class EngineSettings(Frozen):
     csv_monitor: CsvMonitor = Field(default_factory=CsvMonitor)
     wandb: Wandb = Field(default_factory=Wandb)
     apex: Apex = Field(default_factory=Apex)
+    activation_checkpointing: ActivationCheckpointing = Field(
+        default_factory=ActivationCheckpointing
+    )
+    compile: Compile = Field(default_factory=Compile)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stacking.attention import Asking, SelfAttention, SharedAttention
 from stacking.config import BertConfig
@@ -17,7 +18,13 @@ from stacking.positions import RotaryTable, Rotation
 
 
 class Encoder(nn.Module):
-    """L layers and, for pre-LN, the final LayerNorm."""
+    """L layers and, for pre-LN, the final LayerNorm.
+
+    Attributes:
+        checkpoint_interval: k: every k-th layer that trains keeps its inputs only, and is computed
+            again, with the same dropout, when the backward pass comes to it (Chen et al. 2016);
+            0: all keep what the backward pass reads. The numbers are the same.
+    """
 
     def __init__(self, config: BertConfig, layer_norm: LayerNormFactory) -> None:
         super().__init__()
@@ -31,6 +38,7 @@ class Encoder(nn.Module):
         )
         head_size = config.hidden_size // config.num_attention_heads
         self.rotary = RotaryTable(head_size) if config.position == "rotary" else None
+        self.checkpoint_interval = 0
 
     def forward(
         self,
@@ -53,16 +61,31 @@ class Encoder(nn.Module):
         if pooled is not None:
             asking, rows = self._asking(pooled, rows)
         for index, layer in enumerate(self.layers):
-            with torch.no_grad() if index < frozen_layers else nullcontext():
-                hidden, probabilities = layer(
-                    hidden, bias, rotation, rows if index == last else None, asking, probabilities
+            given = (bias, rotation, rows if index == last else None, asking, probabilities)
+            if self._is_recomputed(index - frozen_layers):
+                hidden, probabilities = checkpoint(
+                    # ZeRO-3's hooks count the calls of modules: none may stop half-way.
+                    layer,
+                    hidden,
+                    *given,
+                    use_reentrant=False,
+                    early_stop=False,
                 )
+            else:
+                with torch.no_grad() if index < frozen_layers else nullcontext():
+                    hidden, probabilities = layer(hidden, *given)
             if pooled is not None and asking is not None:
                 bias, rotation = additive_mask(pooled[1], hidden.dtype), asking[1]
                 asking = None
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         return hidden
+
+    def _is_recomputed(self, trained_index: int) -> bool:
+        """Whether the layer of this number, counted from the first that trains, is checkpointed."""
+        interval = self.checkpoint_interval
+        is_asked = interval > 0 and trained_index >= 0 and trained_index % interval == 0
+        return is_asked and torch.is_grad_enabled()
 
     def _asking(self, pooled: Pooled, rows: Tensor | None) -> tuple[Asking, Tensor | None]:
         """What asks in the first layer, and the rows that the last one then has to select.

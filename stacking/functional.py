@@ -77,7 +77,7 @@ def dropout(hidden: Tensor, probability: float, training: bool) -> Tensor:
     """
     if not training or probability == 0.0:
         return hidden
-    if hidden.device.type != "cpu":
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(hidden, probability)
     dropped: Tensor = _CpuDropout.apply(hidden, probability)  # type: ignore[no-untyped-call]
     return dropped

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from stacking import distributed, engine, metrics
+from stacking import distributed, engine, engine_options, metrics
 from stacking.autopsy import autopsy
 from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.checkpoint_writer import CheckpointWriter
@@ -22,6 +22,7 @@ from stacking.dataset import PretrainingLoader
 from stacking.deepspeed_config import (
     Accelerator,
     DeepSpeedConfig,
+    ResolvedEngine,
     place_monitors,
     resolve_stages,
 )
@@ -90,6 +91,7 @@ class Trainer:
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
+        self._resolved: list[ResolvedEngine] = []
         self._is_stopping = False
 
     def fit(self) -> Outcome:
@@ -107,6 +109,7 @@ class Trainer:
     def _fit(self, accelerator: Accelerator) -> Outcome:
         self._watch.mark(0, "checking data and settings")
         distributed.together(lambda: self._prepare(accelerator))
+        self._resolved = engine_options.settle(self._resolved, engine.current_device())
         require_equal(self._what_ranks_share())
         distributed.on_main(self._enter_folder)
         engine.log_to(self.folder.log)

@@ -11,6 +11,7 @@ from _pytest.mark import ParameterSet
 from stacking import distributed
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
+from stacking.deepspeed_schema import Compile
 from stacking.engine import TrainEngine
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.snapshot import Snapshot
@@ -44,6 +45,8 @@ class Settings:
 
     deepspeed: dict[str, object]
     apex_layer_norm: bool = False
+    checkpoint_interval: int = 0
+    compile: Compile | None = None
 
 
 def settings(zero_stage: int, precision: str) -> Settings:

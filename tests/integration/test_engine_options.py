@@ -1,0 +1,152 @@
+"""Checkpointed and compiled layers in the engine: the same training, over switches and ranks."""
+
+import functools
+import gc
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from engines import CONFIG, OPTIMIZER, STILL, Settings, batch, fresh_weights, settings, train
+from ranks import run_on_ranks
+from torch._dynamo.utils import counters
+
+from stacking import distributed, engine
+from stacking.config import BertConfig, Freeze
+from stacking.deepspeed_schema import Compile
+from stacking.engine import TrainEngine
+from stacking.snapshot import Snapshot
+
+Case = tuple[int, str, int, str]
+"""ZeRO stage, precision, checkpoint interval, backend or "none"."""
+MOST_DEVIATION = {"fp32": 2e-5, "bf16": 0.05}
+EVERYWHERE: list[Case] = [
+    (zero, precision, interval, backend)
+    for zero in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+    for interval, backend in ((1, "none"), (2, "none"), (0, "aot_eager"), (1, "aot_eager"))
+    if (zero or precision == "fp32") and (zero < 3 or not interval or backend == "none")
+]
+QUICK: list[Case] = [
+    (0, "fp32", 1, "none"), (2, "bf16", 2, "none"), (3, "fp32", 1, "none"),
+    (1, "fp32", 1, "aot_eager"), (3, "bf16", 0, "aot_eager"),
+]  # fmt: skip
+INDUCTOR: list[Case] = [
+    (0, "fp32", 0, "inductor"), (1, "bf16", 1, "inductor"), (3, "fp32", 0, "inductor"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage of two layers and one of three did, with an evaluation after each."""
+
+    losses: list[float]
+    evaluated: list[float]
+    weights: dict[str, torch.Tensor]
+    is_freed: bool  # whether no stage's module is left
+    graphs: list[int]  # compiled so far, after each stage
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A case against the same training without options; by rank."""
+
+    has_same_bits: bool
+    deviation: float  # largest, of losses and evaluated sums without dropout
+    repeats: bool  # whether the same seeds give the same bits
+    is_freed: bool
+    graphs: list[int]
+
+
+def two_stages(resolved: Settings, config: BertConfig, freeze: Freeze | None = None) -> Trained:
+    """Train and evaluate, switch, train and evaluate."""
+    losses, evaluated, graphs, modules = [], [], [], []
+    snapshot = Snapshot(fresh_weights(config))
+    for steps in (range(3), range(3, 6)):
+        trained = TrainEngine(config, OPTIMIZER, resolved, snapshot, freeze)  # type: ignore[arg-type]
+        modules.append(weakref.ref(trained._engine.module))
+        losses += train(trained, steps, 1e-3)
+        evaluated += trained.evaluate(iter([batch(50), batch(51, rank=0)])).tolist()
+        weights = trained.snapshot().weights
+        trained.destroy()
+        graphs.append(int(counters["stats"]["unique_graphs"]))
+        config, freeze = config.model_copy(update={"num_hidden_layers": 3}), None
+        snapshot = Snapshot(fresh_weights(config) | weights)
+    del trained
+    gc.collect()
+    return Trained(losses, evaluated, weights, all(ref() is None for ref in modules), graphs)
+
+
+def is_same(ours: Trained, theirs: Trained) -> bool:
+    return (ours.losses, ours.evaluated) == (theirs.losses, theirs.evaluated) and all(
+        torch.equal(ours.weights[name], weight) for name, weight in theirs.weights.items()
+    )
+
+
+def compare(cases: list[Case]) -> dict[Case, Compared]:
+    """In one process group."""
+    engine.start()
+    found = {}
+    for case in cases:
+        zero, precision, interval, backend = case
+        plain = settings(zero, precision)
+        how = Compile(enabled=True, backend=backend) if backend != "none" else None  # type: ignore[arg-type]
+        asked = replace(plain, checkpoint_interval=interval, compile=how)
+        still, ours = two_stages(plain, STILL), two_stages(asked, STILL)
+        freeze = Freeze(layers=1)
+        first, second = two_stages(asked, CONFIG, freeze), two_stages(asked, CONFIG, freeze)
+        pairs = zip(ours.losses + ours.evaluated, still.losses + still.evaluated, strict=True)
+        found[case] = Compared(
+            has_same_bits=is_same(two_stages(plain, CONFIG, freeze), first),
+            deviation=max(abs(a - b) for a, b in pairs),
+            repeats=is_same(first, second),
+            is_freed=ours.is_freed and second.is_freed,
+            graphs=[*ours.graphs, *first.graphs, *second.graphs],
+        )
+    distributed.shut_down()
+    return found
+
+
+@functools.cache
+def compared(kind: str) -> list[dict[Case, Compared]]:
+    """By rank, of two; the slow cases in processes of their own."""
+    rest = [case for case in EVERYWHERE if case not in QUICK]
+    cases = {"quick": QUICK, "slow": rest, "inductor": INDUCTOR}[kind]
+    return run_on_ranks(compare, 2, cases)  # type: ignore[return-value]
+
+
+CASE = pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        pytest.param(
+            case,
+            kind := "quick" if case in QUICK else "inductor" if case in INDUCTOR else "slow",
+            id="-".join(map(str, case)),
+            marks=() if kind == "quick" else pytest.mark.slow,
+        )
+        for case in EVERYWHERE + INDUCTOR
+    ],
+)
+
+
+@CASE
+def test_options_change_no_number_and_hold_no_module(case: Case, kind: str) -> None:
+    _, precision, _, backend = case
+    for found in (answers[case] for answers in compared(kind)):
+        assert found.repeats
+        assert found.is_freed
+        assert found.deviation <= MOST_DEVIATION[precision]
+        if backend == "none":
+            assert found.has_same_bits
+            assert found.deviation == 0.0
+
+
+@CASE
+def test_a_switch_compiles_nothing_anew(case: Case, kind: str) -> None:
+    backend = case[3]
+    for found in (answers[case] for answers in compared(kind)):
+        first, second, with_dropout, *later = found.graphs
+        if backend != "none":
+            assert first > 0
+        assert second == first
+        assert set(later) == {with_dropout}
