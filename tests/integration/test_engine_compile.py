@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from engines import CONFIG, OPTIMIZER, STILL, Settings, batch, fresh_weights, settings, train
+from engines import (
+    CONFIG,
+    OPTIMIZER,
+    STILL,
+    Settings,
+    batch,
+    fresh_weights,
+    settings,
+    state_of,
+    train,
+)
 from ranks import run_on_ranks
 from torch._dynamo.utils import counters
 
@@ -67,7 +77,7 @@ def two_stages(resolved: Settings, config: BertConfig, freeze: Freeze | None = N
         modules.append(weakref.ref(trained._engine.module))
         losses += train(trained, steps, 1e-3)
         evaluated += trained.evaluate(iter([batch(50), batch(51, rank=0)])).tolist()
-        weights = trained.snapshot().weights
+        weights = state_of(trained).weights
         trained.destroy()
         graphs.append(int(counters["stats"]["unique_graphs"]))
         config, freeze = config.model_copy(update={"num_hidden_layers": 3}), None
