@@ -1,10 +1,15 @@
 """When a run ends before its last step: a signal, a time limit or a number of steps.
 
-SIGINT and SIGTERM are a wish to stop after this step; a signal's repetition is obeyed at once.
+SIGINT and SIGTERM are a wish to stop after this step; a signal's repetition is obeyed at once. So
+it is inside a collective that waits for a rank that hangs, where Python runs no handler: a thread
+then ends the process, with exit code 128 + the signal's number.
 """
 
+import os
 import re
 import signal
+import socket
+import threading
 import time
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -13,6 +18,7 @@ from stacking.errors import ConfigError
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_OBEY_SECONDS = 2.0  # what a repeated signal leaves the main thread to end in its own way
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class StopRequest:
         self._time_limit = time_limit
         self._began = 0.0
         self._previous: dict[int, object] = {}
+        self._has_ended = threading.Event()
 
     @property
     def is_requested(self) -> bool:
@@ -73,6 +80,11 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         """Catch both signals, start the clock."""
         self._began = time.monotonic()
+        # Python's own C handler writes each signal's number there, whatever the main thread does.
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        self._previous_told = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._obey_repetition, name="signals", daemon=True).start()
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
@@ -86,6 +98,20 @@ class StopRequest:
         """Restore what was there."""
         for number in list(self._previous):
             self._restore(number)
+        signal.set_wakeup_fd(self._previous_told)
+        self._has_ended.set()
+        self._told.close()  # the thread reads an end
+
+    def _obey_repetition(self) -> None:
+        """End the process if it does not end itself soon after a signal's second coming."""
+        seen: set[int] = set()
+        with self._heard:
+            while numbers := self._heard.recv(1):
+                if numbers[0] in _SIGNALS and numbers[0] in seen:
+                    if not self._has_ended.wait(_OBEY_SECONDS):
+                        os._exit(128 + numbers[0])
+                    return
+                seen.add(numbers[0])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._has_signal = True

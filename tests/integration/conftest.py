@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, script
+from mounts import OWN_NAMESPACE, can_mount
 from warm_jobs import WarmJobs, warm
 
 SAMPLE = ROOT / "data_prep" / "sample"
@@ -33,8 +34,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_jobs() -> Iterator[WarmJobs]:
-    """Jobs that start in a second."""
-    with warm() as jobs:
+    """Jobs that start in a second, with mounts of their own where this user may have them."""
+    with warm(OWN_NAMESPACE if can_mount() else ()) as jobs:
         yield jobs
 
 

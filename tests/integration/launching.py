@@ -1,7 +1,9 @@
 """Helpers of the integration tests: commands as a user types them, and what they leave behind."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,10 +46,46 @@ def deepspeed_command(ranks: int, *arguments: object) -> list[str]:
 
 def pretrain(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Train with the real launcher and wait."""
-    command = deepspeed_command(ranks, *arguments)
-    return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    return alone(deepspeed_command(ranks, *arguments))
+
+
+def alone(
+    command: list[str], variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run in a session of its own and wait; AssertionError if a process of it is left over."""
+    process = subprocess.Popen(
+        command, env={**environment(), **(variables or {})}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=300)
+        left = of_session(process.pid)
+    finally:
+        for pid in [process.pid, *of_session(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert not left, f"left over: {left}\n{output}{errors}"
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def of_session(leader: int) -> dict[int, list[str]]:
+    """Living processes of the session that `leader` leads, itself left out, and their words."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != leader:
+            try:
+                words = (entry / "cmdline").read_text().split("\0")
+                if os.getsid(int(entry.name)) == leader and words != [""]:  # no zombie
+                    found[int(entry.name)] = words
+            except (OSError, UnicodeDecodeError):
+                continue
+    return found
+
+
+def ranks_of_session(leader: int) -> list[int]:
+    """Processes of pretrain.py itself, not of its launchers."""
+    named = of_session(leader).items()
+    return sorted(pid for pid, w in named if len(w) > 2 and w[2].endswith("pretrain.py"))
 
 
 def rows(run_dir: Path, event: str) -> list[dict[str, object]]:

@@ -79,7 +79,8 @@ def assert_the_same_run(ours: Path, theirs: Path) -> None:
     """Every row and the weights and moments of every stage's begin and end are equal to the bit."""
     for event in COMPARED:
         mine, other = figures(ours, event), figures(theirs, event)
-        assert list(mine) and mine.keys() == other.keys(), event
+        assert mine, event
+        assert mine.keys() == other.keys(), event
         for step, row in other.items():
             assert mine[step] == row, f"{event} at step {step}"
     staged = {tag for tag in tags(theirs) if tag.startswith("stage")}

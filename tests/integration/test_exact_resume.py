@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 from launching import rows
 from same_run import (
-    CHANGES, RECIPE, arguments, assert_the_same_run, engine_json, figures, tags, weights,
+    CHANGES,
+    RECIPE,
+    arguments,
+    assert_the_same_run,
+    engine_json,
+    figures,
+    tags,
+    weights,
 )  # fmt: skip
 from warm_jobs import WarmJobs
 

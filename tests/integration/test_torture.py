@@ -113,10 +113,12 @@ class Killer:
             if has_come[aim]:
                 break
             assert time.monotonic() < deadline, f"no {aim} to kill in after {LIMIT:.0f} s"
-            yield time.sleep(0.0005)
+            time.sleep(0.0005)
+            yield
         moment = time.monotonic() + self.setup.seconds[aim] * self.draw.random()
         while time.monotonic() < moment:
-            yield time.sleep(0.0002)
+            time.sleep(0.0002)
+            yield
 
     def _kill(self, job: Job) -> list[int]:
         """SIGKILL all ranks, or every third time one of them; exit codes when all have ended."""

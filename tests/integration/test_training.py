@@ -9,7 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, deepspeed_command, environment, pretrain, rows, script
+from launching import (
+    ROOT,
+    deepspeed_command,
+    environment,
+    pretrain,
+    ranks_of_session,
+    rows,
+    script,
+)
 
 from stacking.config_loading import load_recipe
 from stacking.schedule import learning_rate
@@ -175,7 +183,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_3(tiny_data: Path, tmp_p
     while time.monotonic() < deadline and not (run_dir / "metrics.jsonl").exists():
         time.sleep(0.05)
     time.sleep(2)
-    for pid in _ranks_below(process.pid):
+    for pid in ranks_of_session(process.pid):
         os.kill(pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 3, output
@@ -206,22 +214,6 @@ def test_limits_stop_a_run_which_then_goes_on_as_if_it_had_not(
         same = [row for row in rows(whole_run, "evaluation")
                 if row["global_step"] == after["global_step"]]  # fmt: skip
         assert [row["val_loss"] for row in same] == [after["val_loss"]] * len(same)
-
-
-def _ranks_below(pid: int) -> list[int]:
-    """Processes of pretrain.py itself, not of its launchers."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (entry / "cmdline").exists():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                is_ours = os.getsid(int(entry.name)) == pid
-            except (OSError, ProcessLookupError):
-                continue
-            is_rank = len(words) > 2 and words[2].endswith(b"pretrain.py")
-            if is_ours and is_rank:
-                found.append(int(entry.name))
-    return found
 
 
 def test_the_default_json_runs_in_bf16_on_a_cpu_and_says_so(
