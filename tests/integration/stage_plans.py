@@ -138,7 +138,7 @@ def _document(variant: Variant) -> Settings:
     return replace(made, deepspeed=document)
 
 
-def build_stage(variant: Variant, stage: Stage, snapshot: Snapshot) -> TrainEngine:
+def build_stage(variant: Variant, stage: Stage, snapshot: Snapshot | None) -> TrainEngine:
     """An engine that holds `snapshot`, whose parameters called `stage.new` are in own groups."""
     return TrainEngine(
         stage.config, variant.optimizer, _document(variant), snapshot, stage.freeze  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ def train_engine(
 
 
 def grown(snapshot: Snapshot | None, before: Stage, after: Stage) -> Snapshot | None:
-    """Where a rank has the state, what the next stage starts from: fresh moments."""
+    """On the main rank what the next stage starts from: fresh moments."""
     if snapshot is None:
         return None
     weights = snapshot.weights
@@ -193,7 +193,7 @@ def run_engines(variant: Variant) -> list[tuple[float, float | None]]:
     for index, stage in enumerate(stages):
         if index:
             snapshot = grown(snapshot, stages[index - 1], stage)
-        trained = build_stage(variant, stage, snapshot)  # type: ignore[arg-type]
+        trained = build_stage(variant, stage, snapshot)
         found += train_engine(trained, variant, range(STEPS * index, STEPS * (index + 1)))
         snapshot = trained.snapshot()
         trained.destroy()

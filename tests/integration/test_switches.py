@@ -122,7 +122,7 @@ def switch_once(case: tuple[int, str], step: int) -> tuple[list[object], Counter
     watch(small)
     snapshot = small.snapshot()
     small.destroy()
-    large = build(*case, grown(snapshot, SMALL, LARGE))  # type: ignore[arg-type]
+    large = build(*case, grown(snapshot, SMALL, LARGE))
     del snapshot
     train(large, range(step, step + 1))
     watch(large)
@@ -178,3 +178,44 @@ def check(case: tuple[int, str], census: Census) -> None:
     growth = [late - census.resident[1] for late in census.resident[1:]]
     assert growth[-1] < MOST_GROWTH_BYTES, (case, growth)
     assert growth[-1] <= 0.02 * census.resident[1], (case, growth)
+
+
+def run_of_21_stages(data: Path, run_dir: Path) -> tuple[list[int], dict[str, object]]:
+    """A whole job: resident memory at each switch, and what is left of it at its end."""
+    stages = [
+        {"num_hidden_layers": 4, "steps": 2, "freeze": {"layers": 1 + stage % 2} if stage else None}
+        for stage in range(SWITCHES + 1)
+    ]
+    changes = [
+        "model.vocab_size=400", "model.type_vocab_size=2", "model.num_nsp_labels=2",
+        "model.pooler=true", "model.position=learned", f"stages={json.dumps(stages)}",
+    ]  # fmt: skip
+    recipe = load_recipe(ROOT / "launch" / "recipes" / "tiny_test.json", changes)
+    config = load_deepspeed_config(ROOT / "deepspeed_configs" / "cpu_fp32.json")
+    files = {file.path for file in psutil.Process().open_files()}
+    Trainer(recipe, config, data_dir=data, run_dir=run_dir).fit()
+    resident = [
+        json.loads(line)["rss_bytes"]
+        for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+        if '"stage_switch"' in line
+    ]
+    gc.collect()
+    left = {name: count for name, count in living().items() if name != "SynchronizedWallClockTimer"}
+    opened = {file.path for file in psutil.Process().open_files()} - files
+    names = sorted(thread.name for thread in threading.enumerate())
+    return resident, {"living": left, "files": opened, "threads": names}
+
+
+@pytest.mark.slow
+def test_a_job_of_twenty_switches_stays_flat_and_leaves_nothing(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    (answer,) = run_on_ranks(run_of_21_stages, 1, tiny_data, tmp_path / "run")
+    assert isinstance(answer, tuple)
+    resident, left = answer
+    assert len(resident) == SWITCHES
+    assert resident[-1] <= 1.02 * resident[1], resident
+    log = str(tmp_path / "run" / "log.txt")  # the log takes Python's warnings to the end
+    assert left["files"] <= {log}, left
+    assert left["living"] == {}
+    assert left["threads"] == ["MainThread"]
