@@ -127,10 +127,10 @@ def state_of(trained: TrainEngine) -> Snapshot:
 def build(
     zero_stage: int,
     precision: str,
-    snapshot: Snapshot,
+    snapshot: Snapshot | None,
     config: BertConfig = CONFIG,
     freeze: Freeze | None = None,
 ) -> TrainEngine:
-    """An engine; the process group must exist."""
+    """An engine; the process group must exist. `snapshot` is the main rank's."""
     resolved = settings(zero_stage, precision)
     return TrainEngine(config, OPTIMIZER, resolved, snapshot, freeze)  # type: ignore[arg-type]
