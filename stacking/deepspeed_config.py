@@ -56,10 +56,10 @@ class ResolvedEngine:
     gradient_accumulation_steps: int
     log_every: int  # optimizer steps between lines of metrics
     apex_layer_norm: bool
-    checkpoint_interval: int  # every so many layers that train are recomputed; 0: none
-    compile: Compile | None  # how the layers are compiled; None: not
-    notices: tuple[str, ...]  # what differs from the JSON, one line each, for everybody
-    debug_notices: tuple[str, ...]  # differences that change no number
+    checkpoint_interval: int = 0  # every so many layers that train are recomputed; 0: none
+    compile: Compile | None = None  # how the layers are compiled; None: not
+    notices: tuple[str, ...] = ()  # what differs from the JSON, one line each, for everybody
+    debug_notices: tuple[str, ...] = ()  # differences that change no number
 
 
 def default_config_path() -> Path:
