@@ -11,31 +11,21 @@ CPU, gloo; ends with one JSON line.
 """
 
 import argparse
-import gc
 import json
-import multiprocessing
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
+from on_ranks import first_state, on_ranks, predictions, resolved, step, tensor_bytes
 from torch import Tensor
 
 from stacking import distributed, engine
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.cost import trained_parameters, training_flops
-from stacking.dataset import MaskedLMBatch
-from stacking.deepspeed_config import ResolvedEngine
 from stacking.engine import TrainEngine
-from stacking.modeling import BertForPreTraining, init_weights
-from stacking.snapshot import Snapshot
 
-PREDICTIONS_SHARE = 0.15
 REDUCING = ("all_reduce", "reduce", "reduce_scatter_tensor")
 Measured = dict[str, list[float]]
 
@@ -57,13 +47,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     config, freeze = _sizes(arguments)
-    shape = (arguments.batch, arguments.seq_length, _predictions(arguments))
+    shape = (arguments.batch, arguments.seq_length, predictions(arguments.seq_length))
     flops = [training_flops(config, *shape, freeze=kind) for kind in (None, freeze)]
     width = 4 if arguments.precision == "fp32" else 2
     sent = [width * trained_parameters(config, kind) for kind in (None, freeze)]
     rows = []
     for ranks in arguments.ranks:
-        full, frozen = (_medians(kind) for kind in _on_ranks(ranks, arguments))
+        full, frozen = (_medians(kind) for kind in on_ranks(_measure, ranks, arguments))
         rows.append({"ranks": ranks, "full": full, "frozen": frozen,
                      "frozen_share": {key: frozen[key] / full[key] for key in full}})  # fmt: skip
         _print(rows[-1], flops[1] / flops[0], sent)
@@ -90,53 +80,27 @@ def _medians(measured: Measured) -> dict[str, float]:
     return {key: statistics.median(values) for key, values in measured.items()}
 
 
-def _on_ranks(ranks: int, arguments: argparse.Namespace) -> tuple[Measured, Measured]:
-    """What rank 0 measured: with everything trained, with the top alone."""
-    context = multiprocessing.get_context("spawn")
-    answers: SimpleQueue[tuple[Measured, Measured]] = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      LOCAL_SIZE=str(ranks), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip
-    processes = []
-    for rank in range(ranks):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))  # a child inherits it
-        processes.append(context.Process(target=_measure, args=(arguments, answers)))
-        processes[-1].start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise SystemExit(process.exitcode)
-    return answers.get()
-
-
-def _measure(
-    arguments: argparse.Namespace, answers: "SimpleQueue[tuple[Measured, Measured]]"
-) -> None:
+def _measure(arguments: argparse.Namespace) -> tuple[Measured, Measured]:
     """One rank: both kinds in turn."""
     reduced: list[int] = []
     _record(reduced)
     engine.start()
     config, freeze = _sizes(arguments)
-    model = BertForPreTraining(config)
-    init_weights(model, torch.Generator().manual_seed(1))
-    snapshot = Snapshot({name: p.detach().clone() for name, p in model.named_parameters()})
-    del model
+    snapshot = first_state(config)
+    settings = resolved(arguments.zero_stage, arguments.precision, arguments.batch)
     found: tuple[Measured, Measured] = ({}, {})
     for _ in range(arguments.rounds):
         for kind, measured in zip((None, freeze), found, strict=True):
-            before = _tensor_bytes()
-            built = TrainEngine(config, OptimizerConfig(), _resolved(arguments), snapshot, kind)
+            before = tensor_bytes()
+            built = TrainEngine(config, OptimizerConfig(), settings, snapshot, kind)
             values = _turn(built, arguments, reduced)
-            values["state_bytes"] = [float(_tensor_bytes() - before)]
+            values["state_bytes"] = [float(tensor_bytes() - before)]
             for key, numbers in values.items():
                 measured.setdefault(key, []).extend(numbers)
             built.destroy()
             del built
-    if distributed.is_main():
-        answers.put(found)
     distributed.shut_down()
+    return found
 
 
 def _turn(built: TrainEngine, arguments: argparse.Namespace, reduced: list[int]) -> Measured:
@@ -151,48 +115,17 @@ def _turn(built: TrainEngine, arguments: argparse.Namespace, reduced: list[int])
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _step(built, arguments, 0)
+        step(built, arguments.batch, arguments.seq_length, 0)
     seconds, sent = [], []
-    for step in range(1, 1 + arguments.steps):
+    for number in range(1, 1 + arguments.steps):
         reduced.clear()
         distributed.barrier()
         began = time.perf_counter()
-        _step(built, arguments, step)
+        step(built, arguments.batch, arguments.seq_length, number)
         seconds.append(time.perf_counter() - began)
         sent.append(float(sum(reduced)))
     activations = [float(sum(kept.values()))]
     return {"step_seconds": seconds, "reduced_bytes": sent, "activation_bytes": activations}
-
-
-def _step(built: TrainEngine, arguments: argparse.Namespace, step: int) -> None:
-    shape = (arguments.batch, arguments.seq_length)
-    generator = torch.Generator().manual_seed(1000 * step + distributed.rank())
-    ids = torch.randint(1000, arguments.vocab_size, shape, generator=generator)
-    positions = torch.arange(1, 1 + _predictions(arguments)).expand(shape[0], -1)
-    batch = MaskedLMBatch(
-        input_ids=ids,
-        token_type_ids=torch.zeros_like(ids),
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        masked_lm_positions=positions,
-        masked_lm_ids=ids.gather(1, positions),
-        next_sentence_labels=torch.zeros(shape[0], dtype=torch.int64),
-        sample_indices=np.arange(shape[0]),
-        num_masked=positions.numel(),
-        num_real_tokens=ids.numel(),
-    )
-    counts = torch.tensor([float(positions.numel()), float(shape[0])]) * distributed.world_size()
-    built.train_step([batch], learning_rate=1e-4, counts=counts, seed=step)
-
-
-def _tensor_bytes() -> int:
-    """Bytes of all tensors of this process; a storage counts once."""
-    gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def _sizes(arguments: argparse.Namespace) -> tuple[BertConfig, Freeze]:
@@ -206,32 +139,6 @@ def _sizes(arguments: argparse.Namespace) -> tuple[BertConfig, Freeze]:
     )
     frozen = arguments.layers - arguments.trained_layers
     return config, Freeze(layers=frozen, decoder=arguments.decoder)
-
-
-def _predictions(arguments: argparse.Namespace) -> int:
-    return int(PREDICTIONS_SHARE * arguments.seq_length)
-
-
-def _resolved(arguments: argparse.Namespace) -> ResolvedEngine:
-    optimizer = {"lr": 0.0, "torch_adam": True, "fused": True}
-    return ResolvedEngine(
-        deepspeed={
-            "train_batch_size": arguments.batch * distributed.world_size(),
-            "train_micro_batch_size_per_gpu": arguments.batch,
-            "gradient_clipping": 1.0,
-            "optimizer": {"type": "AdamW", "params": optimizer},
-            "bf16": {"enabled": arguments.precision == "bf16"},
-            "zero_optimization": {"stage": arguments.zero_stage},
-        },
-        precision=arguments.precision,
-        zero_stage=arguments.zero_stage,
-        micro_batch_size=arguments.batch,
-        gradient_accumulation_steps=1,
-        log_every=1,
-        apex_layer_norm=False,
-        notices=(),
-        debug_notices=(),
-    )
 
 
 def _record(reduced: list[int]) -> None:

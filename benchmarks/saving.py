@@ -11,29 +11,20 @@ CPU, gloo; ends with one JSON line.
 
 import argparse
 import json
-import multiprocessing
-import os
 import shutil
-import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
-import numpy as np
-import torch
+from on_ranks import first_state, on_ranks, resolved, step
 
 from stacking import distributed, engine
 from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.checkpoint_writer import CheckpointWriter
 from stacking.config import BertConfig, OptimizerConfig
-from stacking.dataset import MaskedLMBatch
-from stacking.deepspeed_config import ResolvedEngine
 from stacking.engine import TrainEngine
-from stacking.modeling import BertForPreTraining, init_weights
-from stacking.snapshot import Snapshot
 
 KINDS = ("none", "thread", "waited", "deepspeed")
 STATE = TrainState(global_step=1, stage=0, num_hidden_layers=1, loader={}, recipe_sha256="")
@@ -53,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: /tmp)")
     arguments = parser.parse_args()
-    found = _on_ranks(arguments)
+    found = on_ranks(_measure, arguments.ranks, arguments)
     base = statistics.median(found["none"])
     print(f"{found['parameters'][0] / 1e6:.1f} M parameters, {found['steps'][0]:.0f} steps a round")
     stalls = {}
@@ -69,29 +60,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def _on_ranks(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each round on rank 0, by kind."""
-    context = multiprocessing.get_context("spawn")
-    answers: SimpleQueue[dict[str, list[float]]] = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = str(arguments.ranks)
-    os.environ.update(WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      LOCAL_SIZE=world, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip
-    processes = []
-    for rank in range(arguments.ranks):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))  # a child inherits it
-        processes.append(context.Process(target=_measure, args=(arguments, answers)))
-        processes[-1].start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise SystemExit(process.exitcode)
-    return answers.get()
-
-
-def _measure(arguments: argparse.Namespace, answers: "SimpleQueue[dict[str, list[float]]]") -> None:
+def _measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """One rank: all kinds in turn, `rounds` times."""
     engine.start()
     size = arguments.hidden
@@ -99,14 +68,13 @@ def _measure(arguments: argparse.Namespace, answers: "SimpleQueue[dict[str, list
         vocab_size=8192, hidden_size=size, num_hidden_layers=arguments.layers,
         num_attention_heads=size // 64, intermediate_size=4 * size, max_position_embeddings=512,
     )  # fmt: skip
-    model = BertForPreTraining(config)
-    init_weights(model, torch.Generator().manual_seed(1))
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    built = TrainEngine(config, OptimizerConfig(), _resolved(arguments), Snapshot(weights))
+    snapshot = first_state(config)
+    settings = resolved(arguments.zero_stage, arguments.precision, arguments.batch)
+    built = TrainEngine(config, OptimizerConfig(), settings, snapshot)
     folder = distributed.on_main(lambda: Path(tempfile.mkdtemp(dir=arguments.folder)))
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    found["parameters"] = [float(sum(w.numel() for w in weights.values()))]
-    del model, weights
+    found["parameters"] = [float(sum(w.numel() for w in snapshot.weights.values()))]
+    del snapshot
     try:
         with CheckpointWriter(CheckpointManager(folder)) as writer:
             saves = _savers(built, writer, folder)
@@ -127,10 +95,9 @@ def _measure(arguments: argparse.Namespace, answers: "SimpleQueue[dict[str, list
         distributed.barrier()
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
-    if distributed.is_main():
-        answers.put(found)
     built.destroy()
     distributed.shut_down()
+    return found
 
 
 def _savers(
@@ -164,39 +131,8 @@ def _steps(built: TrainEngine, arguments: argparse.Namespace) -> int:
 
 
 def _train(built: TrainEngine, arguments: argparse.Namespace, steps: int) -> None:
-    predictions = arguments.seq_length * 3 // 20
-    shape = (arguments.batch, arguments.seq_length)
-    ids = torch.randint(5, 8000, shape, generator=torch.Generator().manual_seed(2))
-    positions = torch.arange(1, predictions + 1).repeat(arguments.batch, 1)
-    batch = MaskedLMBatch(
-        input_ids=ids, token_type_ids=torch.zeros_like(ids),
-        attention_mask=torch.ones_like(ids, dtype=torch.bool), masked_lm_positions=positions,
-        masked_lm_ids=ids.gather(1, positions),
-        next_sentence_labels=torch.zeros(arguments.batch, dtype=torch.long),
-        sample_indices=np.arange(arguments.batch), num_masked=positions.numel(),
-        num_real_tokens=ids.numel(),
-    )  # fmt: skip
-    world = distributed.world_size()
-    counts = torch.tensor([positions.numel() * world, arguments.batch * world])
-    for step in range(steps):
-        built.train_step([batch], learning_rate=1e-5, counts=counts, seed=step)
-
-
-def _resolved(arguments: argparse.Namespace) -> ResolvedEngine:
-    document: dict[str, object] = {
-        "train_batch_size": arguments.batch * arguments.ranks,
-        "train_micro_batch_size_per_gpu": arguments.batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True, "fused": True}},
-        "bf16": {"enabled": arguments.precision == "bf16"},
-        "zero_optimization": {"stage": arguments.zero_stage},
-    }
-    return ResolvedEngine(
-        deepspeed=document, precision=arguments.precision, zero_stage=arguments.zero_stage,
-        micro_batch_size=arguments.batch, gradient_accumulation_steps=1, log_every=10,
-        apex_layer_norm=False, notices=(), debug_notices=(),
-    )  # fmt: skip
+    for number in range(steps):
+        step(built, arguments.batch, arguments.seq_length, number)
 
 
 if __name__ == "__main__":
