@@ -99,7 +99,7 @@ def resolved(zero_stage: int, precision: str, sequences: int) -> ResolvedEngine:
         "gradient_clipping": 1.0,
         "optimizer": {"type": "AdamW", "params": adam},
         "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": 5_000_000},
     }
     if precision == "bf16_autocast":
         document["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
