@@ -97,7 +97,7 @@ def _faults_between(settings: EngineSettings) -> list[str]:
         *_gradient_faults(settings),
         *_offload_faults(settings),
         *_optimizer_faults(settings),
-        *_layer_faults(settings),
+        *_compile_faults(settings),
     ]
 
 
@@ -188,12 +188,10 @@ def _optimizer_faults(settings: EngineSettings) -> list[str]:
     return faults
 
 
-def _layer_faults(settings: EngineSettings) -> list[str]:
-    is_recomputed, is_compiled = settings.activation_checkpointing.enabled, settings.compile.enabled
-    if settings.zero_optimization.stage < 3 or not (is_recomputed and is_compiled):
+def _compile_faults(settings: EngineSettings) -> list[str]:
+    if settings.zero_optimization.stage < 3 or not settings.compile.enabled:
         return []
     return [
-        "compile.enabled: got true with activation_checkpointing at ZeRO stage 3; allowed: one of "
-        "them, because DeepSpeed releases a layer's parameters after it is computed again, before "
-        "the compiled backward pass is through"
+        "compile.enabled: got true at ZeRO stage 3; allowed: stage 0, 1 or 2, because stage 3 "
+        "takes parameters away between modules, which a compiled backward pass still reads"
     ]

@@ -26,7 +26,6 @@ from stacking import __version__, distributed, engine_options
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
-from stacking.encoder import EncoderLayer
 from stacking.errors import ConfigError, NonFiniteError
 from stacking.freezing import apply_freeze
 from stacking.loss_scaling import LossScaling
@@ -126,9 +125,6 @@ class TrainEngine:
         still = [name for name, p in model.named_parameters() if not p.requires_grad]
         # They cannot change; the module's own copies may have 16 bits. The main rank keeps them.
         self._frozen = {name: given.weights[name] for name in still if distributed.is_main()}
-        if resolved.compile is not None:
-            # ZeRO-3 then gathers a layer at a time, and none of its hooks is inside the graph.
-            deepspeed.utils.set_z3_leaf_modules(model, [EncoderLayer])
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=[group.for_optimizer(model) for group in self._groups],

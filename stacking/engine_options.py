@@ -35,8 +35,7 @@ def apply(model: BertForPreTraining, resolved: ResolvedEngine) -> None:
         return
     torch.compiler.config.recompile_limit = _MOST_GRAPHS
     for layer in model.encoder.layers:
-        # Not layer.compile(), which takes the layer's hooks into the graph: ZeRO-3's compile anew
-        # for each module and break it.
+        # Not layer.compile(), which takes an engine's hooks into the graph.
         layer.forward = torch.compile(layer.forward, **_torch_options(resolved.compile))
 
 

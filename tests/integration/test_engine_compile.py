@@ -35,14 +35,14 @@ EVERYWHERE: list[Case] = [
     for zero in (0, 1, 2, 3)
     for precision in ("fp32", "bf16")
     for interval, backend in ((1, "none"), (2, "none"), (0, "aot_eager"), (1, "aot_eager"))
-    if (zero or precision == "fp32") and (zero < 3 or not interval or backend == "none")
+    if (zero or precision == "fp32") and (zero < 3 or backend == "none")
 ]
 QUICK: list[Case] = [
     (0, "fp32", 1, "none"), (2, "bf16", 2, "none"), (3, "fp32", 1, "none"),
-    (1, "fp32", 1, "aot_eager"), (3, "bf16", 0, "aot_eager"),
+    (1, "fp32", 1, "aot_eager"), (2, "bf16", 0, "aot_eager"),
 ]  # fmt: skip
 INDUCTOR: list[Case] = [
-    (0, "fp32", 0, "inductor"), (1, "bf16", 1, "inductor"), (3, "fp32", 0, "inductor"),
+    (0, "fp32", 0, "inductor"), (1, "bf16", 1, "inductor"), (2, "fp32", 0, "inductor"),
 ]  # fmt: skip
 
 
@@ -155,8 +155,8 @@ def test_options_change_no_number_and_hold_no_module(case: Case, kind: str) -> N
 def test_a_switch_compiles_nothing_anew(case: Case, kind: str) -> None:
     backend = case[3]
     for found in (answers[case] for answers in compared(kind)):
-        first, second, with_dropout, *later = found.graphs
+        shallow, deep, _, thawed, *again = found.graphs
         if backend != "none":
-            assert first > 0
-        assert second == first
-        assert set(later) == {with_dropout}
+            assert shallow > 0
+        assert deep == shallow
+        assert set(again) == {thawed}
