@@ -1,22 +1,18 @@
 """Build and destroy a DeepSpeed engine; fp32 weights and Adam moments in and out.
 
-The only importer of deepspeed. Facts behind each step: DeepSpeed 0.19.8.
+With engine_module and engine_teardown the only importer of deepspeed, 0.19.8.
 `tests/unit/test_engine.py` names every private DeepSpeed attribute used here and fails when a
 release moves one.
 """
 
 import copy
-import gc
-import importlib
 import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +22,11 @@ from stacking import __version__, distributed, engine_options
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
+from stacking.engine_module import blueprint, build_module, zero_stage
+from stacking.engine_teardown import collect, tear_down
 from stacking.errors import ConfigError, NonFiniteError
 from stacking.freezing import apply_freeze
 from stacking.loss_scaling import LossScaling
-from stacking.modeling import BertForPreTraining
 from stacking.optimizer_state import OptimizerState
 from stacking.parameter_groups import parameter_groups
 from stacking.snapshot import Snapshot
@@ -38,11 +35,6 @@ try:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
-    from deepspeed.runtime.zero import (
-        parameter_offload,
-        partition_parameters,
-        partitioned_param_coordinator,
-    )
 except ImportError:  # `from stacking import grow` works without it; start() says what to install
     deepspeed = None
 
@@ -115,12 +107,14 @@ class TrainEngine:
         known = distributed.on_main(lambda: _checked(snapshot).without_tensors())
         given = snapshot if distributed.is_main() and snapshot is not None else known
         self.config = config
-        self._zero_stage = _zero_stage(resolved)
-        blueprint = _on_meta(config)
-        apply_freeze(blueprint, freeze)
-        self._groups = parameter_groups(blueprint, optimizer, known)
+        self._zero_stage = zero_stage(resolved.deepspeed)
+        shapes = blueprint(config)
+        apply_freeze(shapes, freeze)
+        self._groups = parameter_groups(shapes, optimizer, known)
         self._new_names = known.new_names
-        model = self._module(resolved, given)
+        model = build_module(
+            config, given.weights, resolved.deepspeed, current_device(), resolved.apex_layer_norm
+        )
         apply_freeze(model, freeze)
         still = [name for name, p in model.named_parameters() if not p.requires_grad]
         # They cannot change; the module's own copies may have 16 bits. The main rank keeps them.
@@ -136,17 +130,6 @@ class TrainEngine:
         self._scaling.write(known.loss_scaler)
         self._grad_norm: float | None = None
         self._losses = torch.zeros(0)
-
-    def _module(self, resolved: ResolvedEngine, given: Snapshot) -> BertForPreTraining:
-        """A fresh module with the main rank's weights; under ZeRO-3 in parts from the start."""
-        layer_norm = _layer_norm(resolved.apex_layer_norm)
-        with _parted(resolved.deepspeed) if self._zero_stage == 3 else nullcontext():
-            model = BertForPreTraining(self.config, layer_norm=layer_norm)
-        for name, parameter in model.named_parameters():
-            with _whole(parameter), torch.no_grad():
-                there = torch.empty_like(parameter, dtype=torch.float32, device=current_device())
-                parameter.copy_(distributed.from_main(given.weights.get(name), there))
-        return model
 
     @property
     def device(self) -> torch.device:
@@ -295,20 +278,9 @@ class TrainEngine:
 
     def destroy(self) -> None:
         """Tear the engine down so that nothing holds its memory. Collective; call once."""
-        engine, module = self._engine, self._engine.module
+        tear_down(self._engine)
         del self._engine, self._scaling
-        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
-            hook = getattr(engine, name, None)  # destroy() leaves them; they pin the engine
-            if hook is not None:
-                hook.remove()
-        engine.destroy()
-        _close_monitors(engine)
-        for parameter in module.parameters():
-            parameter.grad = None
-        _release_zero3_globals(module)
-        del engine, module
-        gc.collect()
-        get_accelerator().empty_cache()
+        collect()
         distributed.barrier()
 
 
@@ -317,48 +289,6 @@ def _checked(snapshot: Snapshot | None) -> Snapshot:
     faults = snapshot.faults()
     assert not faults, faults
     return snapshot
-
-
-def _on_meta(config: BertConfig) -> BertForPreTraining:
-    """The module's names and shapes; allocates nothing."""
-    with torch.device("meta"):
-        return BertForPreTraining(config)
-
-
-def _zero_stage(resolved: ResolvedEngine) -> int:
-    zero = resolved.deepspeed.get("zero_optimization")
-    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
-
-
-def _parted(document: Mapping[str, object]) -> AbstractContextManager[object]:
-    """Inside, ZeRO-3 parts each module over the ranks as soon as it is made."""
-    found: AbstractContextManager[object] = deepspeed.zero.Init(
-        config_dict_or_path=copy.deepcopy(document)
-    )
-    return found
-
-
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
-    """Inside, a parameter that ZeRO-3 has parted is whole; what the main rank writes stays."""
-    found: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
-        [parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")
-    )
-    return found
-
-
-def _layer_norm(use_apex: bool) -> Any:  # apex ships no types
-    if not use_apex:
-        return nn.LayerNorm
-    try:  # optional, built from source by the user
-        fused = importlib.import_module("apex.normalization").FusedLayerNorm
-        fused(8)  # its CUDA extension is looked up only now
-    except (ImportError, AttributeError, RuntimeError) as error:
-        raise ConfigError(
-            f"apex.fused_layer_norm: NVIDIA apex with its CUDA extensions is needed ({error}); "
-            "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's 'apex' is another "
-            "project), or set it to false"
-        ) from error
-    return fused
 
 
 def _totals(sums: Mapping[str, Tensor]) -> Tensor:
@@ -386,26 +316,3 @@ def log_to(log_file: Path | None) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logging.getLogger("DeepSpeed").setLevel(logging.INFO)
-
-
-def _close_monitors(engine: Any) -> None:  # DeepSpeed ships no types
-    """Close the TensorBoard writer, which engine.destroy() forgets."""
-    monitor = getattr(getattr(engine, "monitor", None), "tb_monitor", None)
-    writer = getattr(monitor, "summary_writer", None)
-    if writer is not None:
-        writer.close()
-
-
-def _release_zero3_globals(module: nn.Module) -> None:
-    """Forget what ZeRO-3 keeps in globals after engine.destroy() (DeepSpeed issue 7204)."""
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [entry for entry in stack if entry is not module]
-    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
-    method = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
-    cells = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]
-    for candidate in [method, *cells]:
-        if hasattr(candidate, "cache_clear"):
-            candidate.cache_clear()
-    initialiser = partition_parameters.InsertPostInitMethodToModuleSubClasses
-    if hasattr(initialiser, "linear_bk"):
-        torch.nn.functional.linear = initialiser.linear_bk

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from stacking import engine
+from stacking import engine_module
 from stacking.errors import ConfigError
 
 deepspeed = sys.modules["deepspeed"]
@@ -93,7 +93,7 @@ def test_zero3_still_overruns_odd_sizes_in_set_full_hp_param() -> None:
 
 def test_apex_that_is_not_there_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="another project"):
-        engine._layer_norm(True)
+        engine_module._layer_norm(True)
 
 
 def test_without_deepspeed_training_says_what_to_install() -> None:

@@ -16,7 +16,7 @@ RUN_BY = {
     "launch/demo.sh": "tests/integration/test_demo.py",
     "tests/run.sh": ".ci/run",
     "launch/prepare_data.py": "tests/integration/conftest.py",
-    "launch/pretrain.py": "tests/integration/test_training.py",
+    "launch/pretrain.py": "tests/integration/launching.py",
     "launch/report.py": "tests/integration/test_training.py",
     "launch/export.py": "tests/integration/test_training.py",
     "launch/plan.py": "tests/unit/test_plan_cli.py",

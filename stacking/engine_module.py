@@ -1,0 +1,90 @@
+"""A fresh module for an engine, with the main rank's weights; under ZeRO-3 in parts at once."""
+
+import copy
+import importlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stacking import distributed
+from stacking.config import BertConfig
+from stacking.errors import ConfigError
+from stacking.modeling import BertForPreTraining
+
+try:
+    import deepspeed
+except ImportError:  # engine.start() says what to install
+    deepspeed = None
+
+
+def build_module(
+    config: BertConfig,
+    weights: Mapping[str, Tensor],
+    document: Mapping[str, object],
+    device: torch.device,
+    apex_layer_norm: bool = False,
+) -> BertForPreTraining:
+    """A module on the CPU with the main rank's fp32 `weights`; others' may be empty. Collective.
+
+    Args:
+        config: its sizes.
+        weights: by parameter name.
+        document: the DeepSpeed JSON. At ZeRO-3 every layer is parted over the ranks as soon as it
+            is made, so no rank ever holds the whole module, and has the JSON's 16 bits.
+        device: this rank's, through which the weights come.
+        apex_layer_norm: take NVIDIA apex's LayerNorm; ConfigError where it is not installed.
+    """
+    layer_norm = _layer_norm(apex_layer_norm)
+    with _parted(document) if zero_stage(document) == 3 else nullcontext():
+        model = BertForPreTraining(config, layer_norm=layer_norm)
+    for name, parameter in model.named_parameters():
+        with _whole(parameter), torch.no_grad():
+            there = torch.empty_like(parameter, dtype=torch.float32, device=device)
+            parameter.copy_(distributed.from_main(weights.get(name), there))
+    return model
+
+
+def blueprint(config: BertConfig) -> BertForPreTraining:
+    """The module's names and shapes; allocates nothing."""
+    with torch.device("meta"):
+        return BertForPreTraining(config)
+
+
+def zero_stage(document: Mapping[str, object]) -> int:
+    """The ZeRO stage of a DeepSpeed JSON."""
+    zero = document.get("zero_optimization")
+    return int(zero.get("stage", 0)) if isinstance(zero, dict) else 0
+
+
+def _parted(document: Mapping[str, object]) -> AbstractContextManager[object]:
+    """Inside, ZeRO-3 parts each module over the ranks as soon as it is made."""
+    found: AbstractContextManager[object] = deepspeed.zero.Init(
+        config_dict_or_path=copy.deepcopy(document)
+    )
+    return found
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:
+    """Inside, a parameter that ZeRO-3 has parted is whole; what the main rank writes stays."""
+    found: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+        [parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")
+    )
+    return found
+
+
+def _layer_norm(use_apex: bool) -> Any:  # apex ships no types
+    if not use_apex:
+        return nn.LayerNorm
+    try:  # optional, built from source by the user
+        fused = importlib.import_module("apex.normalization").FusedLayerNorm
+        fused(8)  # its CUDA extension is looked up only now
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"apex.fused_layer_norm: NVIDIA apex with its CUDA extensions is needed ({error}); "
+            "build it from NVIDIA's source with --cpp_ext --cuda_ext (PyPI's 'apex' is another "
+            "project), or set it to false"
+        ) from error
+    return fused
