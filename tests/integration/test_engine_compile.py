@@ -2,8 +2,11 @@
 
 import functools
 import gc
+import json
+import sys
 import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from engines import (
     state_of,
     train,
 )
+from launching import LAUNCH, ROOT, alone, rows
 from ranks import run_on_ranks
 from torch._dynamo.utils import counters
 
@@ -160,3 +164,39 @@ def test_a_switch_compiles_nothing_anew(case: Case, kind: str) -> None:
             assert shallow > 0
         assert deep == shallow
         assert set(again) == {thawed}
+
+
+def short_run(data: Path, folder: Path, variables: dict[str, str]) -> str:
+    """What a run over a switch says that asks for both options."""
+    options = {"activation_checkpointing": {"enabled": True}, "compile": {"enabled": True}}
+    config = folder / "engine.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 1}, **options}))
+    done = alone(
+        [
+            sys.executable, str(LAUNCH / "pretrain.py"), "--data", str(data),
+            "--recipe", str(ROOT / "launch" / "recipes" / "tiny_test.json"),
+            "--run-dir", str(folder / "run"), "--deepspeed_config", str(config),
+            *("--set", "model.vocab_size=400", "--set", "stages.0.steps=2", "--max-steps", "3"),
+        ],
+        variables,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert rows(folder / "run", "switch")
+    return done.stdout
+
+
+def test_a_run_without_a_compiler_goes_on_and_says_so_in_one_line(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    said = short_run(
+        tiny_data, tmp_path, {"PATH": str(nothing), "TORCHINDUCTOR_CACHE_DIR": str(nothing)}
+    )
+    assert said.count("compile asked, but inductor cannot (") == 1
+    assert said.count("uncompiled") == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_run_leaves_no_process_behind(tiny_data: Path, tmp_path: Path) -> None:
+    assert "uncompiled" not in short_run(tiny_data, tmp_path, {})

@@ -138,11 +138,16 @@ def test_every_kth_layer_that_trains_is_computed_twice_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_nothing_is_checkpointed_where_no_gradient_is_asked(is_training: bool) -> None:
+def test_nothing_is_checkpointed_where_no_gradient_is_asked(
+    is_training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build({}).train(is_training)
     model.encoder.checkpoint_interval = 1
+    monkeypatch.setattr("stacking.encoder.checkpoint", None)
     with torch.no_grad():
         assert calls_by_layer(model, backward=False) == [1, 1, 1, 1]
+    with pytest.raises(TypeError):
+        calls_by_layer(model, backward=False)
 
 
 def test_a_checkpointed_layer_keeps_little() -> None:
