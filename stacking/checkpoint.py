@@ -208,6 +208,18 @@ class CheckpointManager:
                 shutil.rmtree(aside, ignore_errors=True)
                 later.folder.rename(aside)
 
+    def mend(self) -> None:
+        """Clean up after a kill, before tags are read: one rank only, which alone may write.
+
+        CheckpointError on a read-only disk.
+        """
+        try:
+            self._mend_leftovers()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: cannot be written: {error}; make it writable"
+            ) from error
+
     def save(self, tag: str, snapshot: Snapshot, state: TrainState) -> None:
         """Write and commit one tag; one rank only. CheckpointError on a full or read-only disk."""
         temporary = self.folder / f".{tag}.{os.getpid()}.tmp"
@@ -254,9 +266,10 @@ class CheckpointManager:
     def _retire(self) -> None:
         periodic = [c for c in self.committed() if c.tag.startswith("step_")]
         for checkpoint in periodic[: -self.keep_last]:
-            # The marker goes first: a half-deleted tag must not look committed.
-            (checkpoint.folder / MARKER).unlink()
-            shutil.rmtree(checkpoint.folder)
+            # Renamed first: a half-deleted tag must not look committed, and the next mend ends it.
+            gone = self.folder / f".{checkpoint.tag}.{os.getpid()}.tmp"
+            checkpoint.folder.rename(gone)
+            shutil.rmtree(gone)
 
 
 def _state_file(snapshot: Snapshot, state: TrainState) -> StateFile:

@@ -302,11 +302,21 @@ def _mix(seed: int, micro_step: int, rank: int) -> int:
     return (seed * 1_000_003 + micro_step * 8_191 + rank) % 2**63
 
 
+class _LogFile(logging.FileHandler):
+    """A log whose lines are lost when the disk is full: the failing save speaks of that."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing, in place of a traceback."""
+
+
 def log_to(log_file: Path | None) -> None:
     """Send DeepSpeed's and Python's warnings to the run's log file, on rank 0; else nowhere."""
     handler: logging.Handler = logging.NullHandler()
     if log_file is not None and distributed.is_main():
-        handler = logging.FileHandler(log_file)
+        try:
+            handler = _LogFile(log_file)
+        except OSError as error:
+            raise ConfigError(f"{log_file}: cannot be written: {error}") from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.captureWarnings(True)
     for name in ("DeepSpeed", "py.warnings"):

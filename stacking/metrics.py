@@ -14,24 +14,52 @@ import torch
 from stacking import cost, distributed
 from stacking.config import BertConfig, DataConfig, Freeze
 from stacking.dataset import MaskedLMBatch
+from stacking.errors import UserError
 
 
 class MetricsLog:
-    """Append-only JSON lines; on the main rank only, elsewhere a no-op."""
+    """Append-only JSON lines; on the main rank only, elsewhere a no-op.
+
+    A disk that is full is told by `settle`, where all ranks can hear of it, not by `write`. After
+    the first row that is lost none is written, so that a resumed run finds none missing.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open for appending; a line torn by a kill is cut off first."""
+        self._path = path
+        self._fault: OSError | None = None
         self._file: IO[bytes] | None = None
         if distributed.is_main():
-            _drop_torn_line(path)
-            self._file = path.open("ab")
+            try:
+                _drop_torn_line(path)
+                self._file = path.open("ab", buffering=0)
+            except OSError as error:
+                self._fault = error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a row was lost, which `settle` would raise."""
+        return self._fault is not None
+
+    def settle(self) -> None:
+        """UserError if a row was lost."""
+        if self._fault is not None:
+            raise UserError(
+                f"{self._path}: could not be written: {self._fault.strerror}; free some space or "
+                "make the folder writable, then run the same command again to continue"
+            )
 
     def write(self, event: str, row: Mapping[str, object]) -> None:
         """Write one row; floats that JSON cannot hold become null."""
-        if self._file is not None:
-            clean = {key: _jsonable(value) for key, value in row.items()}
-            self._file.write(json.dumps({"event": event, **clean}).encode() + b"\n")
-            self._file.flush()
+        if self._file is None or self.has_failed:
+            return
+        clean = {key: _jsonable(value) for key, value in row.items()}
+        line = json.dumps({"event": event, **clean}).encode() + b"\n"
+        try:
+            while line:  # a disk that gets full takes a part first
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._fault = error
 
     def clear(self) -> None:
         """Forget all rows: those of an attempt that left no checkpoint."""

@@ -12,6 +12,7 @@ from stacking.config_loading import resolved_json
 from stacking.errors import CheckpointError, ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+_EARLY = (".lock", ".recipe.json.tmp")  # what a start that was killed at once may leave
 
 
 def recipe_sha256(recipe: Recipe) -> str:
@@ -38,7 +39,7 @@ class RunFolder:
         """Refuse another recipe's folder, a stranger's folder, and overwriting. Reads only."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--run-dir {self.path}: is a file; give a folder")
-        has_files = self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir())
+        has_files = self.path.is_dir() and any(p.name not in _EARLY for p in self.path.iterdir())
         if has_files and not self.recipe.exists():
             raise ConfigError(
                 f"--run-dir {self.path}: holds files but no recipe.json, so it is no run of this "
@@ -94,7 +95,13 @@ class RunFolder:
                 if (data_dir / name).exists():
                     shutil.copy(data_dir / name, self.tokenizer / name)
         except OSError as error:
-            raise ConfigError(f"--run-dir {self.path}: cannot be written: {error}") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"--run-dir {self.path}: cannot be written: {error}; free some space, make it writable "
+            "or give another folder"
+        )
 
     def _check_same_tokenizer(self, data_dir: Path) -> None:
         for name in TOKENIZER_FILES:
@@ -117,11 +124,18 @@ class RunFolder:
 
     def write_deepspeed(self, stages: list[dict[str, object]]) -> None:
         """The JSON that DeepSpeed got, one object a stage. Main rank only."""
-        write_text(self.deepspeed, json.dumps({"stages": stages}, indent=1) + "\n")
+        try:
+            write_text(self.deepspeed, json.dumps({"stages": stages}, indent=1) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write by rename: a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

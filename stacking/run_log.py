@@ -47,6 +47,15 @@ class RunLog:
         rate = metrics.measure_matmul_flops(device, _DTYPES[precision])
         self._peak_flops = rate * distributed.world_size()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a row was lost, which `settle` would raise."""
+        return self._log.has_failed
+
+    def settle(self) -> None:
+        """UserError if a row could not be written."""
+        self._log.settle()
+
     def say(self, line: str) -> None:
         """One line to the user."""
         self._progress.say(line)

@@ -112,7 +112,6 @@ class Trainer:
         self._resolved = engine_options.settle(self._resolved, engine.current_device())
         require_equal(self._what_ranks_share())
         distributed.on_main(self._enter_folder)
-        engine.log_to(self.folder.log)
         stages = len(self.recipe.stages)
         with (
             ProgressReporter(self.recipe.total_steps, stages) as progress,
@@ -158,6 +157,8 @@ class Trainer:
         self.folder.check(self.recipe, self._resume)
         self.folder.create(self.recipe, self._data_dir)
         self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
+        self._manager.mend()
+        engine.log_to(self.folder.log)
 
     def _run(self) -> Outcome:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
@@ -169,8 +170,7 @@ class Trainer:
         else:
             self._state = distributed.on_main(lambda: self._manager.load(tag).state)
             if self._state.global_step >= self.recipe.total_steps:
-                self._log.run_end(self._state)
-                return Outcome.DONE
+                return self._done()
             if self._state.global_step >= (self._limits.steps or self.recipe.total_steps):
                 return self._stopped()
             self._continue(tag)
@@ -178,13 +178,17 @@ class Trainer:
         while self._train_stage():
             if self._state.stage == last_stage:
                 self._save(f"stage{last_stage + 1}_end", wait=True)
-                self._log.run_end(self._state)
-                return Outcome.DONE
+                return self._done()
             if self._is_stopping:
                 self._save(f"stage{self._state.stage + 1}_end", wait=True)
                 break
             self._switch(self._leave_stage)
         return self._stopped()
+
+    def _done(self) -> Outcome:
+        self._log.run_end(self._state)
+        self._settle()
+        return Outcome.DONE
 
     def _stopped(self) -> Outcome:
         step = self._state.global_step
@@ -297,7 +301,8 @@ class Trainer:
         self._watch.mark(step + 1, "training")
         masked = sum(batch.num_masked for batch in batches)
         sequences = sum(len(batch.input_ids) for batch in batches)
-        stops = self._stop.is_requested or self._writer.has_failed
+        has_failed = self._writer.has_failed or self._log.has_failed
+        stops = self._stop.is_requested or has_failed
         wish = torch.tensor([masked, sequences, float(stops)], device=device)
         counts = distributed.sum_over_ranks(wish)
         rate, new_rate = stage_rates(self.recipe, step)
@@ -364,8 +369,9 @@ class Trainer:
         return snapshot
 
     def _settle(self) -> None:
-        """Wait for the save under way; all ranks learn whether it worked. Collective."""
+        """Wait for the save under way; all ranks learn if it, or a row, failed. Collective."""
         distributed.only_on_main(self._writer.settle)
+        distributed.only_on_main(self._log.settle)
 
     def _check_replicas(self) -> None:
         """UserError if ranks that should hold the same weights do not: a broken host or driver."""

@@ -1,4 +1,4 @@
-"""The main job through the real launcher on two CPU ranks: stages, switches, run folder, resume."""
+"""launch/pretrain.py on two CPU ranks by the real launcher: stages, switch, run folder, resume."""
 
 import json
 import os

@@ -246,6 +246,35 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(tmp_path: Pat
     assert [c.tag for c in manager.committed()] == ["stage1_end", "step_00000002"]
 
 
+def test_a_kill_while_an_old_tag_is_deleted_leaves_no_rubbish_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path, keep_last=1)
+    manager.save("step_00000001", snapshot(), state(1))
+
+    def kill(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / WEIGHTS).unlink()  # half-way
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", kill)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save("step_00000002", snapshot(), state(2))
+    assert [c.tag for c in manager.committed()] == ["step_00000002"]
+    manager.mend()
+    assert os.listdir(tmp_path) == ["step_00000002"]
+
+
+def test_mending_brings_a_tag_back_that_was_being_replaced(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    manager.save("stage1_end", snapshot(), state(1))
+    (tmp_path / "stage1_end").rename(tmp_path / ".stage1_end.old")
+    manager.mend()
+    assert manager.load("stage1_end").state == state(1)
+    CheckpointManager(tmp_path / "none yet").mend()
+
+
 def test_rewinding_sets_later_tags_aside_and_deletes_none(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     for step in (1, 2):
