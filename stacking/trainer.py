@@ -16,7 +16,6 @@ import torch
 from stacking import distributed, engine, engine_options, metrics
 from stacking.autopsy import autopsy
 from stacking.checkpoint import CheckpointManager, TrainState
-from stacking.checkpoint_writer import CheckpointWriter
 from stacking.config import Recipe
 from stacking.dataset import PretrainingLoader
 from stacking.deepspeed_config import (
@@ -27,7 +26,7 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
-from stacking.errors import CheckpointError, ConfigError, NonFiniteError
+from stacking.errors import ConfigError, NonFiniteError
 from stacking.growth.legality import recipe_faults
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
@@ -37,9 +36,9 @@ from stacking.rank_watch import RankWatch
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
+from stacking.run_saving import RunSaver
 from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
-from stacking.stage_growth import StageGrowth
 from stacking.stage_switch import SwitchReport, switch_stage
 from stacking.stopping import StopLimits, StopRequest
 
@@ -116,7 +115,6 @@ class Trainer:
         with (
             ProgressReporter(self.recipe.total_steps, stages) as progress,
             StopRequest(self._limits.seconds) as self._stop,
-            CheckpointWriter(self._manager) as self._writer,
         ):
             self._log = RunLog(
                 self.recipe,
@@ -125,7 +123,8 @@ class Trainer:
                 device=engine.current_device(),
                 precision=self._resolved[0].precision,
             )
-            outcome = self._run()
+            with RunSaver(self.recipe, self._manager, self._log) as self._saver:
+                outcome = self._run()
             if self._engine is not None:
                 self._engine.destroy()
             return outcome
@@ -187,7 +186,7 @@ class Trainer:
 
     def _done(self) -> Outcome:
         self._log.run_end(self._state)
-        self._settle()
+        self._saver.settle()
         return Outcome.DONE
 
     def _stopped(self) -> Outcome:
@@ -202,16 +201,7 @@ class Trainer:
         if self._resume not in ("auto", "never"):
             self._manager.rewind(self._resume)
             return self._resume
-        checkpoint, complaints = self._manager.latest_good()
-        if complaints and checkpoint is None:
-            raise CheckpointError(
-                f"--run-dir {self.folder.path}: none of its checkpoints can be read, so there is "
-                "nothing to continue, and runs are never overwritten; give another folder: "
-                + "; ".join(complaints)
-            )
-        for complaint in complaints:
-            self._log.say(f"skipping a checkpoint: {complaint}")
-        return None if checkpoint is None else checkpoint.tag
+        return self._saver.latest_tag()
 
     def _begin(self) -> None:
         recipe = self.recipe
@@ -301,8 +291,7 @@ class Trainer:
         self._watch.mark(step + 1, "training")
         masked = sum(batch.num_masked for batch in batches)
         sequences = sum(len(batch.input_ids) for batch in batches)
-        has_failed = self._writer.has_failed or self._log.has_failed
-        stops = self._stop.is_requested or has_failed
+        stops = self._stop.is_requested or self._saver.has_failed
         wish = torch.tensor([masked, sequences, float(stops)], device=device)
         counts = distributed.sum_over_ranks(wish)
         rate, new_rate = stage_rates(self.recipe, step)
@@ -347,45 +336,12 @@ class Trainer:
     # -- saving and switching ------------------------------------------------------------------
 
     def _save(self, tag: str, *, wait: bool = False) -> Snapshot | None:
-        """Begin to commit the current state under `tag`; with `wait`, return when that is done.
-
-        Returns it on the main rank. Raises CheckpointError, on all ranks, if this save, with
-        `wait`, or the one before failed. Collective.
-        """
+        """Begin to commit the current state under `tag`; see RunSaver.save."""
         assert self._engine is not None
-        began = time.perf_counter()
         self._watch.mark(self._state.global_step, "saving", EXPECTED_AT_MOST)
-        self._settle()
-        self._check_replicas()
-        snapshot = self._engine.snapshot()
         self._update(elapsed_seconds=self._elapsed())
         self._session_began = time.perf_counter()
-        if snapshot is not None:
-            self._writer.write(tag, snapshot, self._state)
-            self._measure_symmetry(snapshot)
-        if wait:
-            self._settle()
-        self._log.save(self._state, tag, time.perf_counter() - began)
-        return snapshot
-
-    def _settle(self) -> None:
-        """Wait for the save under way; all ranks learn if it, or a row, failed. Collective."""
-        distributed.only_on_main(self._writer.settle)
-        distributed.only_on_main(self._log.settle)
-
-    def _check_replicas(self) -> None:
-        """UserError if ranks that should hold the same weights do not: a broken host or driver."""
-        assert self._engine is not None
-        weights = f"the weights at step {self._state.global_step}"
-        require_equal({weights: str(self._engine.replica_digest())})
-
-    def _measure_symmetry(self, snapshot: Snapshot) -> None:
-        """Log how alike the copies are that the growth into this stage made of units."""
-        stage, steps = self._state.stage, self._state.global_step
-        steps -= stage_start(stage, self.recipe.stages)
-        if stage and steps:
-            similarity = StageGrowth(self.recipe, stage).similarity(snapshot.weights)
-            self._log.symmetry(self._state, steps, similarity)
+        return self._saver.save(self._engine, self._state, tag, wait=wait)
 
     def _leave_stage(self, report: SwitchReport) -> Snapshot | None:
         """Save the stage's end and tear its engine down."""

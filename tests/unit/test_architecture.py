@@ -33,8 +33,8 @@ LAYERS = {
     3: {"engine", "engine_module", "engine_options", "engine_teardown", "optimizer_state",
         "loss_scaling", "checkpoint", "checkpoint_writer", "run_folder", "autopsy"},
     4: {"stage_growth", "stage_switch"},
-    5: {"run_data", "run_log", "trainer", "hf", "hf_homes", "hf_tokenizer", "hf_folder",
-        "hf_grow", "hf_probe", "hf_side_files", "glue", "squad", "attention_maps",
+    5: {"run_data", "run_log", "run_saving", "trainer", "hf", "hf_homes", "hf_tokenizer",
+        "hf_folder", "hf_grow", "hf_probe", "hf_side_files", "glue", "squad", "attention_maps",
         "report", "report_metrics", "report_figures", "stage_plan", "stage_plan_table"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
