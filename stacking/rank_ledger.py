@@ -21,6 +21,7 @@ class State(str, Enum):
     TOLD = "told"  # knows the fault, about to end
     ERROR = "error"  # left by an exception
     BYE = "bye"  # left in order
+    CLOSED = "closed"  # the main rank's alone: as BYE, and nobody listens from now on
 
 
 class Place(NamedTuple):

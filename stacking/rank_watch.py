@@ -147,6 +147,9 @@ class RankWatch:
             # The store ends with this rank, so it is the last to leave.
             seconds = limits.error_grace + limits.soon if self._detail else limits.dead_after
             self._wait(lambda: not talk.is_alive() or not self._ledger.here(but=[0]), seconds)
+            if self._state is State.BYE and self._ledger.here(but=[0]):
+                self._state = State.CLOSED
+                time.sleep(2.5 * limits.interval)  # until they have read it
         else:
             self._wait(lambda: not talk.is_alive() or self._said is self._state, _FLUSH)
 
@@ -198,6 +201,8 @@ class RankWatch:
                 self._look.set()
                 return
             self._said = state
+            if self._main_beat.state is State.CLOSED:
+                return
             if self._fault is not None:
                 self._look.set()
             is_urgent = self._fault is not None or state is not State.RUNNING
@@ -250,7 +255,7 @@ class RankWatch:
     def _fault_of_main(self) -> Fault | None:
         """What another rank sees of the main rank, which cannot publish its own death."""
         beat = self._main_beat
-        if self._rank == 0 or beat.state is State.BYE:
+        if self._rank == 0 or beat.state in (State.BYE, State.CLOSED):
             return None
         name = self._names[0]
         if self._is_store_gone:
@@ -266,7 +271,7 @@ class RankWatch:
     def _tell(self, fault: Fault) -> None:
         """Print the fault once and end, unless this rank is on its way out with its own words."""
         own = self._state
-        is_leaving = own in (State.ERROR, State.BYE)
+        is_leaving = own in (State.ERROR, State.BYE, State.CLOSED)
         if not is_leaving:
             self._state = State.TOLD
         seconds = 3 * self._limits.interval + 0.5
