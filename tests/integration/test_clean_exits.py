@@ -90,18 +90,6 @@ def test_ten_jobs_in_a_row_exit_cleanly(tiny_data: Path, tmp_path: Path) -> None
         assert "terminate called" not in done.stderr
 
 
-def test_three_jobs_in_a_row_end_without_a_word_of_complaint(
-    warm_jobs: WarmJobs, tiny_data: Path, tmp_path: Path
-) -> None:
-    """Quick sibling: the same exits of the same program, without the launchers' start."""
-    engine = engine_json(tmp_path, 1)
-    for number in range(3):
-        command = arguments(tiny_data, tmp_path / f"run{number}", engine, STEPS)
-        codes, job = warm_jobs.run(command, tmp_path)
-        assert codes == [0, 0], job.errors()
-        assert job.errors() == ""
-
-
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_launchers_job_and_leaves_no_process(
     tiny_data: Path, tmp_path: Path
@@ -184,7 +172,9 @@ def test_a_signal_to_one_rank_or_all_ends_all_after_the_step_committed_and_resum
     assert f"resuming from step_{step:08d}" in again.output()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_is_obeyed_at_once_even_if_another_rank_hangs(
     long_job: Callable[..., Job], number: signal.Signals
 ) -> None:
