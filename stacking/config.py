@@ -183,7 +183,7 @@ def faults_between(
     if rate:
         valid = [stage for stage in stages if stage]
         is_complete = len(valid) == len(stages) > 0
-        faults += schedule_faults(rate, sum(s.steps for s in valid) if is_complete else None)
+        faults += schedule_faults(rate, [s.steps for s in valid] if is_complete else None)
     return faults + _stage_faults(stages, model, data)
 
 
