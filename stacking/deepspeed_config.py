@@ -282,17 +282,13 @@ def _history_faults(config: DeepSpeedConfig, recipe: Recipe) -> list[str]:
 def _with_precision(config: DeepSpeedConfig, given: Precision) -> JsonObject:
     """A copy for DeepSpeed, with the asked 16-bit type replaced where this device runs another."""
     document = copy.deepcopy(config.document)
-<<<<<<< HEAD
     for ours in ("apex", "activation_checkpointing", "compile"):
         document.pop(ours, None)  # not DeepSpeed's
-=======
-    document.pop("apex", None)  # ours, not DeepSpeed's
     settings = config.settings
     if settings.optimizer.type == "Muon" and settings.zero_optimization.stage == 3:
         zero = document.get("zero_optimization")
         assert isinstance(zero, dict)
         zero["reduce_scatter"] = False  # DeepSpeed refuses both together
->>>>>>> 7c8f893 (Muon and apex's FusedLAMB as choices of the JSON: schema, checks, numbers)
     asked = asked_precision(config.settings)
     if asked == given:
         return document
