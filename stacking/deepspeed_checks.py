@@ -139,6 +139,12 @@ def _gradient_faults(settings: EngineSettings) -> list[str]:
         if settings.gradient_predivide_factor != 1:
             got = settings.gradient_predivide_factor
             faults.append(f"gradient_predivide_factor: got {got} {why}; allowed: 1.0")
+    if zero.stage in (1, 2) and zero.round_robin_gradients:
+        faults.append(
+            "zero_optimization.round_robin_gradients: got true; allowed: false, because DeepSpeed "
+            "0.19.8 then reads and writes other parameters' masters than it is asked for, so "
+            "that checkpoints and switches would be wrong"
+        )
     accumulation = settings.data_types.grad_accum_dtype
     if zero.stage == 0 and accumulation != "fp32":
         faults.append(
@@ -239,4 +245,10 @@ def _muon_faults(settings: EngineSettings) -> list[str]:
             for name in ("reduce_scatter", "zero_quantized_gradients")
             if name in zero.model_fields_set and getattr(zero, name)
         ]
+    if settings.compile.enabled and settings.activation_checkpointing.enabled:
+        faults.append(
+            "compile.enabled: got true with activation_checkpointing and optimizer.type 'Muon'; "
+            "allowed: two of the three, because Muon keeps torch from compiling while the "
+            "backward pass computes layers again"
+        )
     return faults

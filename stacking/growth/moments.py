@@ -1,4 +1,4 @@
-"""Moments at a switch, Adam's above all: the history with which each number of the grown model starts.
+"""Moments at a switch, Adam's above all: the history with which each grown number starts.
 
 Four policies (a stage's `moments`):
 
