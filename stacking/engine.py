@@ -64,13 +64,14 @@ def start(timeout_minutes: float = 40.0) -> Accelerator:
         kind="cuda" if kind == "cuda" else "cpu",
         supports_fp16=get_accelerator().is_fp16_supported(),
         supports_bf16=get_accelerator().is_bf16_supported(),
-        fused_adam=kind == "cuda" and _has_fused_adam(),
+        fused_adam=kind == "cuda" and _has_kernel("fused_adam"),
+        fused_lamb=kind == "cuda" and _has_kernel("fused_lamb"),
     )
 
 
-def _has_fused_adam() -> bool:
-    """Whether DeepSpeed's FusedAdam kernel is built in, or a CUDA toolkit is here to build it."""
-    return bool(installed_ops.get("fused_adam")) or cpp_extension.CUDA_HOME is not None
+def _has_kernel(name: str) -> bool:
+    """Whether DeepSpeed's kernel is built in, or a CUDA toolkit is here to build it."""
+    return bool(installed_ops.get(name)) or cpp_extension.CUDA_HOME is not None
 
 
 def versions() -> str:
