@@ -55,7 +55,7 @@ class DataConfig(Frozen):
 
 
 class OptimizerConfig(Frozen):
-    """The numbers of AdamW; which implementation computes them is the DeepSpeed JSON's."""
+    """The optimizer's numbers; which one, and which implementation, is the DeepSpeed JSON's."""
 
     betas: Annotated[tuple[_Share, _Share], FromList] = Field(
         default=(0.9, 0.999), description="Adam's decay rates."
@@ -67,6 +67,13 @@ class OptimizerConfig(Frozen):
     )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Global gradient-norm clip; 0: none."
+    )
+    muon_momentum: float = Field(
+        default=0.95,
+        ge=0,
+        lt=1,
+        description="Muon only: decay rate of its momentum; the numbers above are then those of "
+        "the parameters that Adam updates, and weight_decay is that of all.",
     )
 
 
@@ -109,7 +116,7 @@ class Recipe(Frozen):
         description="Sequences per optimizer step, over all ranks and accumulation.",
     )
     optimizer: OptimizerConfig = Field(
-        default_factory=OptimizerConfig, description="AdamW's numbers."
+        default_factory=OptimizerConfig, description="The optimizer's numbers."
     )
     learning_rate: LearningRateConfig = Field(
         default_factory=LearningRateConfig, description="Learning-rate schedule."
@@ -183,7 +190,7 @@ def faults_between(
     if rate:
         valid = [stage for stage in stages if stage]
         is_complete = len(valid) == len(stages) > 0
-        faults += schedule_faults(rate, sum(s.steps for s in valid) if is_complete else None)
+        faults += schedule_faults(rate, [s.steps for s in valid] if is_complete else None)
     return faults + _stage_faults(stages, model, data)
 
 

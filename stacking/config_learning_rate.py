@@ -1,6 +1,7 @@
 """The learning-rate part of a recipe, and what one schedule reads and another does not."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "decay_steps": ("wsd",),
     "end": ("linear", "cosine", "wsd"),
     "total_steps": ("linear", "cosine", "wsd"),
+    "scope": ("linear", "cosine", "constant", "wsd"),
     "points": ("piecewise",),
 }
 
@@ -25,6 +27,10 @@ class LearningRateConfig(Frozen):
 
     schedule: Literal["linear", "cosine", "constant", "wsd", "piecewise"] = Field(
         default="linear", description="Shape after warm-up."
+    )
+    scope: Literal["run", "stage"] = Field(
+        default="run",
+        description="Whether warm-up and decay span the run, or each stage has its own.",
     )
     peak: float = Field(default=1e-4, gt=0, description="Highest learning rate.")
     warmup_steps: int = Field(
@@ -42,8 +48,8 @@ class LearningRateConfig(Frozen):
     )
 
 
-def schedule_faults(rate: LearningRateConfig, stage_steps: int | None) -> list[str]:
-    """Faults between the schedule's fields. `stage_steps`: sum over the stages; None: unknown."""
+def schedule_faults(rate: LearningRateConfig, stage_steps: Sequence[int] | None) -> list[str]:
+    """Faults between the schedule's fields. `stage_steps`: of each stage; None: unknown."""
     faults = _unread_field_faults(rate)
     if rate.schedule == "piecewise":
         return faults + _corner_faults(rate)
@@ -56,22 +62,42 @@ def schedule_faults(rate: LearningRateConfig, stage_steps: int | None) -> list[s
             "learning_rate.decay_steps: got 0; allowed: at least 1 with schedule 'wsd'; a tenth of "
             "all steps is usual; without a decay use schedule 'constant'"
         )
-    total = rate.total_steps or stage_steps
+    if rate.scope == "stage":
+        return faults + _scope_faults(rate, stage_steps or ())
+    run_steps = sum(stage_steps) if stage_steps else None
+    total = rate.total_steps or run_steps
     if total is None:
         return faults
-    ramps = rate.warmup_steps + rate.decay_steps
-    if rate.warmup_steps >= total or ramps > total:
+    faults += _ramp_faults(rate, total, "in total")
+    if run_steps and total < run_steps and not rate.end:
         faults.append(
-            f"learning_rate.warmup_steps: got {rate.warmup_steps}, and decay_steps "
-            f"{rate.decay_steps}, of {total} steps in total; allowed: a sum of at most {total}, "
-            f"and a warm-up of at most {total - 1}"
-        )
-    if stage_steps and total < stage_steps and not rate.end:
-        faults.append(
-            f"learning_rate.total_steps: got {total} while all stages have {stage_steps} steps, so "
-            f"the rest would train at rate 0; allowed: at least {stage_steps}, or an end above 0"
+            f"learning_rate.total_steps: got {total} while all stages have {run_steps} steps, so "
+            f"the rest would train at rate 0; allowed: at least {run_steps}, or an end above 0"
         )
     return faults
+
+
+def _scope_faults(rate: LearningRateConfig, stage_steps: Sequence[int]) -> list[str]:
+    faults = []
+    if rate.total_steps:
+        faults.append(
+            f"learning_rate.total_steps: got {rate.total_steps} with scope 'stage', in which every "
+            "decay ends with its stage; allowed: absent, or scope 'run'"
+        )
+    for index, steps in enumerate(stage_steps):
+        faults += _ramp_faults(rate, steps, f"in stages.{index}")
+    return faults
+
+
+def _ramp_faults(rate: LearningRateConfig, steps: int, place: str) -> list[str]:
+    """A warm-up and a decay that do not fit into `steps`."""
+    if rate.warmup_steps < steps and rate.warmup_steps + rate.decay_steps <= steps:
+        return []
+    return [
+        f"learning_rate.warmup_steps: got {rate.warmup_steps}, and decay_steps "
+        f"{rate.decay_steps}, of {steps} steps {place}; allowed: a sum of at most {steps}, "
+        f"and a warm-up of at most {steps - 1}"
+    ]
 
 
 def _unread_field_faults(rate: LearningRateConfig) -> list[str]:

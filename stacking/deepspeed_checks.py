@@ -13,6 +13,13 @@ from stacking.errors import ConfigError
 
 _AUTO = "auto"
 _MICRO_BATCH = "train_micro_batch_size_per_gpu"
+_ADAM_PARAMS = {"adam_w_mode", "torch_adam", "fused"}
+_PARAMS_OF = {
+    "Adam": _ADAM_PARAMS,
+    "AdamW": _ADAM_PARAMS,
+    "Lamb": {"adam_w_mode", "max_coeff", "min_coeff"},
+    "Muon": _ADAM_PARAMS | {"ns_method"},
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ def _faults_between(settings: EngineSettings) -> list[str]:
         *_offload_faults(settings),
         *_optimizer_faults(settings),
         *_compile_faults(settings),
+        *_lamb_faults(settings),
+        *_muon_faults(settings),
     ]
 
 
@@ -130,6 +139,12 @@ def _gradient_faults(settings: EngineSettings) -> list[str]:
         if settings.gradient_predivide_factor != 1:
             got = settings.gradient_predivide_factor
             faults.append(f"gradient_predivide_factor: got {got} {why}; allowed: 1.0")
+    if zero.stage in (1, 2) and zero.round_robin_gradients:
+        faults.append(
+            "zero_optimization.round_robin_gradients: got true; allowed: false, because DeepSpeed "
+            "0.19.8 then reads and writes other parameters' masters than it is asked for, so "
+            "that checkpoints and switches would be wrong"
+        )
     accumulation = settings.data_types.grad_accum_dtype
     if zero.stage == 0 and accumulation != "fp32":
         faults.append(
@@ -167,23 +182,22 @@ def _offload_faults(settings: EngineSettings) -> list[str]:
 
 
 def _optimizer_faults(settings: EngineSettings) -> list[str]:
-    """Parameters that the chosen implementation does not take, and LAMB where it is not LAMB."""
+    """Parameters that the chosen implementation does not take."""
     optimizer = settings.optimizer
     given = optimizer.params.model_fields_set
-    is_lamb = optimizer.type == "Lamb"
-    wrong = given & ({"torch_adam", "fused"} if is_lamb else {"max_coeff", "min_coeff"})
-    if not is_lamb and not optimizer.params.torch_adam:
+    wrong = given - _PARAMS_OF[optimizer.type]
+    if not optimizer.params.torch_adam:
         wrong |= given & {"fused"}
-    faults = [
-        f"optimizer.params.{name}: not a parameter of {optimizer.type}"
-        f"{' without torch_adam' if name == 'fused' and not is_lamb else ''}; allowed: absent"
-        for name in sorted(wrong)
-    ]
-    if is_lamb and settings.zero_optimization.stage > 0:
+    if settings.apex.fused_lamb:
+        wrong |= given & {"max_coeff", "min_coeff"}
+    faults = []
+    for name in sorted(wrong):
+        condition = ""
+        if name in _PARAMS_OF[optimizer.type]:
+            condition = " without torch_adam" if name == "fused" else " with apex.fused_lamb"
         faults.append(
-            f"optimizer.type: got 'Lamb' at ZeRO stage {settings.zero_optimization.stage}; "
-            "allowed: stage 0, because ZeRO hands the optimizer one flat vector and LAMB's ratio "
-            "of each matrix is lost; or AdamW"
+            f"optimizer.params.{name}: not a parameter of {optimizer.type}{condition}; "
+            "allowed: absent"
         )
     return faults
 
@@ -195,3 +209,46 @@ def _compile_faults(settings: EngineSettings) -> list[str]:
         "compile.enabled: got true at ZeRO stage 3; allowed: stage 0, 1 or 2, because stage 3 "
         "takes parameters away between modules, which a compiled backward pass still reads"
     ]
+
+
+def _lamb_faults(settings: EngineSettings) -> list[str]:
+    """LAMB where it would not be LAMB."""
+    stage, faults = settings.zero_optimization.stage, []
+    if settings.optimizer.type == "Lamb" and stage > 0:
+        faults.append(
+            f"optimizer.type: got 'Lamb' at ZeRO stage {stage}; allowed: stage 0, because ZeRO "
+            "hands the optimizer one flat vector and LAMB's ratio of each matrix is lost; or AdamW"
+        )
+    if settings.apex.fused_lamb and settings.optimizer.type != "Lamb":
+        faults.append(
+            f"apex.fused_lamb: got true with optimizer.type '{settings.optimizer.type}'; "
+            "allowed: false, or type 'Lamb'"
+        )
+    return faults
+
+
+def _muon_faults(settings: EngineSettings) -> list[str]:
+    """What stops Muon inside DeepSpeed, or keeps its state where no snapshot finds it."""
+    zero = settings.zero_optimization
+    if settings.optimizer.type != "Muon":
+        return []
+    faults = [
+        f"zero_optimization.{name}: got device 'cpu' with optimizer.type 'Muon'; allowed: 'none', "
+        "because its update needs whole matrices on the device; or AdamW"
+        for name in ("offload_optimizer", "offload_param")
+        if getattr(zero, name).device == "cpu"
+    ]
+    if zero.stage == 3:
+        faults += [
+            f"zero_optimization.{name}: got true with optimizer.type 'Muon' at stage 3, where it "
+            "needs whole gradients; allowed: false or absent"
+            for name in ("reduce_scatter", "zero_quantized_gradients")
+            if name in zero.model_fields_set and getattr(zero, name)
+        ]
+    if settings.compile.enabled and settings.activation_checkpointing.enabled:
+        faults.append(
+            "compile.enabled: got true with activation_checkpointing and optimizer.type 'Muon'; "
+            "allowed: two of the three, because Muon keeps torch from compiling while the "
+            "backward pass computes layers again"
+        )
+    return faults

@@ -12,11 +12,20 @@ from typing import Literal
 from stacking.config import Recipe
 from stacking.config_loading import JsonObject, merge, read_json_object
 from stacking.deepspeed_checks import DeepSpeedConfig, check_document
+from stacking.deepspeed_optimizer import (
+    Accelerator,
+    ClientOptimizer,
+    client_optimizer,
+    optimizer_faults,
+    optimizer_notes,
+    write_optimizer,
+)
 from stacking.deepspeed_schema import Compile, EngineSettings
 from stacking.errors import ConfigError
 
 __all__ = [
     "Accelerator",
+    "ClientOptimizer",
     "DeepSpeedConfig",
     "Precision",
     "ResolvedEngine",
@@ -36,16 +45,6 @@ _LARGEST_DEFAULT_MICRO_BATCH = 32  # sequences; fits BERT-Base at 128 tokens on 
 
 
 @dataclass(frozen=True)
-class Accelerator:
-    """What this machine's device can do."""
-
-    kind: Literal["cpu", "cuda"]
-    supports_fp16: bool
-    supports_bf16: bool
-    fused_adam: bool  # whether DeepSpeed's own FusedAdam kernel can be built here
-
-
-@dataclass(frozen=True)
 class ResolvedEngine:
     """One stage's engine with every number concrete."""
 
@@ -60,6 +59,7 @@ class ResolvedEngine:
     compile: Compile | None = None  # how the layers are compiled; None: not
     notices: tuple[str, ...] = ()  # what differs from the JSON, one line each, for everybody
     debug_notices: tuple[str, ...] = ()  # differences that change no number
+    client_optimizer: ClientOptimizer | None = None  # None: DeepSpeed makes it from the JSON
 
 
 def default_config_path() -> Path:
@@ -95,11 +95,12 @@ def resolve(
     precision, notices, faults = _fit_precision(settings, accelerator, strict_precision)
     micro, batch_faults = _micro_batch(settings, recipe.global_batch_size, world_size)
     faults += batch_faults + _device_faults(settings, accelerator)
+    faults += optimizer_faults(settings, recipe, accelerator)
     if faults:
         raise ConfigError([f"{config.source}: {fault}" for fault in faults])
     document = _with_precision(config, precision)
     notices += _fit_to_cpu(document, settings) if accelerator.kind == "cpu" else []
-    notices += _write_optimizer(document, recipe, settings, accelerator)
+    notices += write_optimizer(document, recipe, settings, accelerator)
     accumulation = recipe.global_batch_size // (micro * world_size)
     document |= {
         "train_batch_size": recipe.global_batch_size,
@@ -117,7 +118,8 @@ def resolve(
         checkpoint_interval=_checkpoint_interval(settings),
         compile=settings.compile if settings.compile.enabled else None,
         notices=tuple(notices),
-        debug_notices=_optimizer_notes(settings, accelerator),
+        debug_notices=optimizer_notes(settings, accelerator),
+        client_optimizer=client_optimizer(recipe, settings, accelerator),
     )
 
 
@@ -130,7 +132,7 @@ def resolve_stages(
     strict_precision: bool,
 ) -> list[ResolvedEngine]:
     """Every stage's engine; the faults of all stages are in one ConfigError, each once."""
-    resolved, faults = [], []
+    resolved, faults = [], _history_faults(config, recipe)
     for stage in range(len(recipe.stages)):
         try:
             engine = resolve(
@@ -251,16 +253,29 @@ def _names(numbers: list[int]) -> str:
 def _device_faults(settings: EngineSettings, accelerator: Accelerator) -> list[str]:
     if accelerator.kind == "cuda":
         return []
-    faults = []
-    if settings.optimizer.type == "Lamb":
-        faults.append(
-            "optimizer.type: got 'Lamb', which DeepSpeed has only for GPUs; allowed: AdamW"
-        )
-    faults += [
+    return [
         f"zero_optimization.{name}: got true, which needs CUDA kernels; allowed: false"
         for name in ("zero_quantized_weights", "zero_quantized_gradients")
         if getattr(settings.zero_optimization, name)
     ]
+
+
+def _history_faults(config: DeepSpeedConfig, recipe: Recipe) -> list[str]:
+    """Muon's history is of no use to Adam, nor Adam's to Muon."""
+    faults, before = [], None
+    for index, stage in enumerate(recipe.stages):
+        try:
+            settings = _for_stage(config, recipe, index).settings
+        except ConfigError:  # reported with the stage
+            return []
+        is_muon = settings.optimizer.type == "Muon"
+        if before is not None and is_muon != before and stage.moments != "reset":
+            faults.append(
+                f"stages.{index}.moments: got '{stage.moments}' where optimizer.type becomes "
+                f"'{settings.optimizer.type}', which cannot go on with the history of another "
+                "kind; allowed: 'reset', or one kind in all stages"
+            )
+        before = is_muon
     return faults
 
 
@@ -269,6 +284,11 @@ def _with_precision(config: DeepSpeedConfig, given: Precision) -> JsonObject:
     document = copy.deepcopy(config.document)
     for ours in ("apex", "activation_checkpointing", "compile"):
         document.pop(ours, None)  # not DeepSpeed's
+    settings = config.settings
+    if settings.optimizer.type == "Muon" and settings.zero_optimization.stage == 3:
+        zero = document.get("zero_optimization")
+        assert isinstance(zero, dict)
+        zero["reduce_scatter"] = False  # DeepSpeed refuses both together
     asked = asked_precision(config.settings)
     if asked == given:
         return document
@@ -294,44 +314,3 @@ def _fit_to_cpu(document: JsonObject, settings: EngineSettings) -> list[str]:
     if settings.apex.fused_layer_norm:
         notices.append("apex.fused_layer_norm asked, there is no GPU here: torch's LayerNorm runs")
     return notices
-
-
-def _runs_torch_adam(settings: EngineSettings, accelerator: Accelerator) -> bool:
-    """Whether torch's AdamW replaces DeepSpeed's kernel, which a CPU compiles for a minute."""
-    if settings.optimizer.type == "Lamb":
-        return False
-    if accelerator.kind == "cpu" or settings.optimizer.params.torch_adam:
-        return True
-    is_offloaded = settings.zero_optimization.offload_optimizer.device == "cpu"
-    return not accelerator.fused_adam and not is_offloaded
-
-
-def _write_optimizer(
-    document: JsonObject, recipe: Recipe, settings: EngineSettings, accelerator: Accelerator
-) -> list[str]:
-    """The recipe's optimizer numbers in the JSON's implementation; notices."""
-    document["gradient_clipping"] = recipe.optimizer.max_grad_norm
-    params = settings.optimizer.params
-    numbers: JsonObject = {
-        "lr": 0.0,  # written before each step from schedule.py; 0 makes a forgotten write harmless
-        "betas": list(recipe.optimizer.betas),
-        "eps": recipe.optimizer.eps,
-        "weight_decay": recipe.optimizer.weight_decay,
-    }
-    if settings.optimizer.type == "Lamb":
-        numbers |= {"max_coeff": params.max_coeff, "min_coeff": params.min_coeff}
-        document["optimizer"] = {"type": "Lamb", "params": numbers}
-        return []
-    if _runs_torch_adam(settings, accelerator):
-        numbers |= {"torch_adam": True, "fused": params.fused}
-    # DeepSpeed's "Adam" decays as AdamW too unless told otherwise: named for what it is.
-    document["optimizer"] = {"type": "AdamW", "params": numbers}
-    if accelerator.kind == "cuda" and not params.torch_adam and "torch_adam" in numbers:
-        return ["FusedAdam cannot be built here (no nvcc): torch's fused AdamW runs"]
-    return []
-
-
-def _optimizer_notes(settings: EngineSettings, accelerator: Accelerator) -> tuple[str, ...]:
-    if accelerator.kind == "cpu" and not settings.optimizer.params.torch_adam:
-        return ("on a CPU torch's fused AdamW replaces FusedAdam: same numbers, nothing to build",)
-    return ()

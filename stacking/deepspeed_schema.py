@@ -203,15 +203,18 @@ class OptimizerParams(Frozen):
 
     adam_w_mode: Literal[True] = Field(default=True, description="Weight decay is decoupled.")
     torch_adam: bool = Field(default=False, description="torch.optim.AdamW, not FusedAdam.")
+    ns_method: Literal["gram", "standard"] = Field(
+        default="gram", description="Muon only: on which matrix Newton-Schulz iterates."
+    )
     fused: bool = Field(default=True, description="torch_adam only: one kernel for all tensors.")
     max_coeff: float = Field(default=10.0, gt=0, description="Lamb only: largest trust ratio.")
     min_coeff: float = Field(default=0.01, gt=0, description="Lamb only: smallest trust ratio.")
 
 
 class Optimizer(Frozen):
-    """Which implementation: Adam and AdamW are the same here, decoupled and fused."""
+    """Which one: Adam and AdamW are the same here; Muon updates the layers' matrices alone."""
 
-    type: Literal["Adam", "AdamW", "Lamb"] = "AdamW"
+    type: Literal["Adam", "AdamW", "Lamb", "Muon"] = "AdamW"
     params: OptimizerParams = Field(default_factory=OptimizerParams)
 
 
@@ -266,6 +269,7 @@ class Apex(Frozen):
     """Ours, not DeepSpeed's: which parts of NVIDIA apex to use where it is installed."""
 
     fused_layer_norm: bool = False
+    fused_lamb: bool = Field(default=False, description="Its FusedLAMB where the type is Lamb.")
 
 
 class ActivationCheckpointing(Frozen):

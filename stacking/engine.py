@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from stacking import __version__, distributed, engine_options
+from stacking.client_optimizers import optimizer_maker, plain_kernels
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
 from stacking.deepspeed_config import Accelerator, ResolvedEngine
@@ -28,7 +29,7 @@ from stacking.errors import ConfigError, NonFiniteError
 from stacking.freezing import apply_freeze
 from stacking.loss_scaling import LossScaling
 from stacking.optimizer_state import OptimizerState
-from stacking.parameter_groups import parameter_groups
+from stacking.parameter_groups import check_history, parameter_groups
 from stacking.snapshot import Snapshot
 
 try:
@@ -63,13 +64,14 @@ def start(timeout_minutes: float = 40.0) -> Accelerator:
         kind="cuda" if kind == "cuda" else "cpu",
         supports_fp16=get_accelerator().is_fp16_supported(),
         supports_bf16=get_accelerator().is_bf16_supported(),
-        fused_adam=kind == "cuda" and _has_fused_adam(),
+        fused_adam=kind == "cuda" and _has_kernel("fused_adam"),
+        fused_lamb=kind == "cuda" and _has_kernel("fused_lamb"),
     )
 
 
-def _has_fused_adam() -> bool:
-    """Whether DeepSpeed's FusedAdam kernel is built in, or a CUDA toolkit is here to build it."""
-    return bool(installed_ops.get("fused_adam")) or cpp_extension.CUDA_HOME is not None
+def _has_kernel(name: str) -> bool:
+    """Whether DeepSpeed's kernel is built in, or a CUDA toolkit is here to build it."""
+    return bool(installed_ops.get(name)) or cpp_extension.CUDA_HOME is not None
 
 
 def versions() -> str:
@@ -110,7 +112,10 @@ class TrainEngine:
         self._zero_stage = zero_stage(resolved.deepspeed)
         shapes = blueprint(config)
         apply_freeze(shapes, freeze)
-        self._groups = parameter_groups(shapes, optimizer, known)
+        self._client = resolved.client_optimizer
+        with_muon = self._client is not None and self._client.kind == "muon"
+        self._groups = parameter_groups(shapes, optimizer, known, with_muon=with_muon)
+        distributed.on_main(lambda: check_history(self._groups, given))
         self._new_names = known.new_names
         model = build_module(
             config, given.weights, resolved.deepspeed, current_device(), resolved.apex_layer_norm
@@ -121,6 +126,7 @@ class TrainEngine:
         self._frozen = {name: given.weights[name] for name in still if distributed.is_main()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
+            optimizer=optimizer_maker(self._client),
             model_parameters=[group.for_optimizer(model) for group in self._groups],
             config=copy.deepcopy(resolved.deepspeed),  # DeepSpeed keeps and edits what it is given
         )
@@ -159,7 +165,7 @@ class TrainEngine:
         """
         new_rate = learning_rate if new_learning_rate is None else new_learning_rate
         for group, ours in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = new_rate if ours.is_new else learning_rate
+            group["lr"] = ours.rate_factor * (new_rate if ours.is_new else learning_rate)
         # DeepSpeed divides by the accumulation steps and averages over ranks: undone here.
         share = len(batches) * distributed.world_size()
         found: list[Tensor] = []
@@ -170,7 +176,8 @@ class TrainEngine:
             loss = sums["mlm_loss_sum"] * (share / counts[0])
             if "nsp_loss_sum" in sums:
                 loss = loss + sums["nsp_loss_sum"] * (share / counts[1])
-            self._engine.backward(loss)
+            with plain_kernels(self._client):
+                self._engine.backward(loss)
             found.append(_totals(sums))
             if micro_step == len(batches) - 1:
                 self._losses = torch.stack(found)[:, :2].sum(dim=1)
@@ -196,7 +203,8 @@ class TrainEngine:
         is_boundary = self._engine.is_gradient_accumulation_boundary()
         if is_boundary and self._zero_stage == 0:
             self._check_plain_gradients()
-        self._engine.step()
+        with plain_kernels(self._client):
+            self._engine.step()
         if self._engine.skipped_steps > skipped:
             self._scaling.check(scale)
         if is_boundary and self._zero_stage > 0:

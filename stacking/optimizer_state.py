@@ -1,10 +1,11 @@
-"""fp32 masters and Adam's moments of one DeepSpeed engine, whole and by name, in and out.
+"""fp32 masters and moments (Adam's, Muon's) of one DeepSpeed engine, by name, in and out.
 
 `tests/unit/test_engine.py` names every private DeepSpeed attribute used here and fails when a
 release moves one.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from stacking import distributed
 from stacking.errors import CheckpointError
 from stacking.parameter_groups import ParameterGroup
-from stacking.snapshot import MOMENTS, Snapshot
+from stacking.snapshot import MOMENTS, MOMENTUM, Snapshot
 
 # Names of the flat fp32 partitions in DeepSpeed's ZeRO optimizers: stages 1-2, 3, BF16_Optimizer.
 _FLAT_PARTITIONS = (
@@ -51,12 +52,13 @@ class OptimizerState:
         counts = self._counts()
         self._link_moments()
         weights: dict[str, Tensor] = {}
-        moments: dict[str, dict[str, Tensor]] = {key: {} for key in (MOMENTS if counts else ())}
+        moments: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self._trained.items():
             _keep(weights, name, _full(parameter))
-        for key, named in moments.items():
-            for name in counts:
-                _keep(named, name, self._moment(name, key))
+        for index, group in enumerate(self._groups):
+            for key, name in product(group.moments, group.names):
+                if name in counts:
+                    _keep(moments.setdefault(key, {}), name, self._moment(index, name, key))
         return Snapshot(weights, moments, counts) if distributed.is_main() else None
 
     def _sent(self, parameter: nn.Parameter, value: Tensor | None) -> Tensor:
@@ -65,49 +67,110 @@ class OptimizerState:
         return distributed.from_main(value, torch.empty(shape, device=self._engine.device))
 
     def _counts(self) -> dict[str, int]:
-        """Adam's step count by parameter, of those that have one."""
+        """The optimizer's step count by parameter, of those that have one."""
+        found = [
+            0 if group.muon_columns else self._count(index, keys)
+            for index, (group, keys) in enumerate(zip(self._groups, self._keys(), strict=True))
+        ]
+        # Muon keeps no count. All groups step together, and some are Adam's.
+        updates = max(
+            (count - group.optimizer_steps for count, group in zip(found, self._groups, strict=True)
+             if not group.muon_columns),
+            default=0,
+        )  # fmt: skip
         counts: dict[str, int] = {}
-        for group, keys in zip(self._groups, self._keys(), strict=True):
-            states = [self._base.state.get(tensor, {}) for tensor in keys]
-            stepped = [state for state in states if "step" in state]
-            if not all(set(MOMENTS) <= set(state) for state in stepped):
-                raise CheckpointError("only Adam's moments can be saved; choose Adam in the JSON")
-            # FusedAdam counts in the state of the group's last parameter alone.
-            count = max((int(state["step"]) for state in stepped), default=0)
-            counts.update(dict.fromkeys(group.names if count else (), count))
+        for group, count in zip(self._groups, found, strict=True):
+            steps = group.optimizer_steps + updates if group.muon_columns else count
+            counts.update(dict.fromkeys(group.names if steps else (), steps))
         return counts
 
+    def _count(self, index: int, keys: Sequence[Tensor]) -> int:
+        """Adam's or LAMB's count of one group."""
+        if _counts_in_groups(self._base):
+            return int(self._base.param_groups[index].get("step", 0))
+        states = [self._base.state.get(tensor, {}) for tensor in keys]
+        stepped = [state for state in states if "step" in state]
+        if not all(set(MOMENTS) <= set(state) for state in stepped):
+            raise CheckpointError("only Adam's moments can be saved; choose Adam in the JSON")
+        # FusedAdam counts in the state of the group's last parameter alone.
+        return max((int(state["step"]) for state in stepped), default=0)
+
     def _create_moments(self) -> None:
-        """State of each group with a history, as Adam's first step would make it."""
-        is_torch = isinstance(self._base, torch.optim.AdamW | torch.optim.Adam)
-        for group, keys in zip(self._groups, self._keys(), strict=True):
-            count = group.optimizer_steps
-            for tensor in keys if count else ():
+        """State of each group with a history, as the optimizer's first step would make it."""
+        for index, (group, keys) in enumerate(zip(self._groups, self._keys(), strict=True)):
+            for tensor in keys if group.optimizer_steps else ():
+                shape = self._moment_shape(index, tensor)
                 self._base.state[tensor] = {
-                    "step": torch.tensor(float(count), device=tensor.device) if is_torch else count,
-                    **{key: torch.zeros_like(tensor, dtype=torch.float32) for key in MOMENTS},
+                    key: torch.zeros(shape, device=tensor.device) for key in group.moments
                 }
+            if group.optimizer_steps and not group.muon_columns:
+                self._write_count(index, keys)
         self._link_moments()
 
-    def _write_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        has_history = {n for group in self._groups if group.optimizer_steps for n in group.names}
-        for key in MOMENTS:
-            for name, parameter in self._trained.items():
-                if name not in has_history:
-                    continue
-                value = self._sent(parameter, moments.get(key, {}).get(name))
-                if self._flats():
-                    _write_full(parameter, value, key)
-                else:
-                    self._base.state[parameter][key].copy_(value)
+    def _write_count(self, index: int, keys: Sequence[Tensor]) -> None:
+        count = self._groups[index].optimizer_steps
+        if _counts_in_groups(self._base):
+            self._base.param_groups[index]["step"] = count
+            return
+        adam = getattr(self._base, "aux_optimizer", self._base)  # Muon's for what it leaves
+        is_torch = isinstance(adam, torch.optim.AdamW | torch.optim.Adam)
+        for tensor in keys:
+            step = torch.tensor(float(count), device=tensor.device) if is_torch else count
+            self._base.state[tensor]["step"] = step
 
-    def _moment(self, name: str, key: str) -> Tensor:
+    def _write_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for index, group in enumerate(self._groups):
+            for key, name in product(group.moments, group.names if group.optimizer_steps else ()):
+                parameter = self._trained[name]
+                value = self._sent(parameter, moments.get(key, {}).get(name))
+                if not self._flats():
+                    self._base.state[parameter][key].copy_(value)
+                elif key == MOMENTUM and self._keeps_whole_momenta():
+                    part = self._whole_momenta(index).get(name)
+                    if part is not None:
+                        part.copy_(value)
+                else:
+                    _write_full(parameter, value, key)
+
+    def _moment(self, index: int, name: str, key: str) -> Tensor:
         parameter = self._trained[name]
-        if self._flats():
+        if not self._flats():
+            moment = self._base.state[parameter][key]
+            assert isinstance(moment, Tensor)
+            return moment
+        if key != MOMENTUM or not self._keeps_whole_momenta():
             return _full(parameter, key)
-        moment = self._base.state[parameter][key]
-        assert isinstance(moment, Tensor)
-        return moment
+        holders = self._wrapper.param_to_partition_ids[index][self._wrapper.get_param_id(parameter)]
+        whole = torch.zeros(parameter.shape, device=self._engine.device)
+        if distributed.rank() == min(holders):
+            whole.copy_(self._whole_momenta(index)[name])
+        return distributed.sum_over_ranks(whole)
+
+    def _keeps_whole_momenta(self) -> bool:
+        """Whether Muon's momentum of a matrix is whole on every rank with a part: ZeRO 1 and 2."""
+        return hasattr(self._wrapper, "params_in_partition")
+
+    def _moment_shape(self, index: int, key: Tensor) -> torch.Size:
+        """Of a group's moments on this rank; `key`: the tensor under which they are kept."""
+        if not (self._groups[index].muon_columns and self._keeps_whole_momenta()):
+            return key.shape
+        here = self._wrapper.params_in_partition[index]
+        return torch.Size([sum(parameter.numel() for parameter in here)])
+
+    def _whole_momenta(self, index: int) -> dict[str, Tensor]:
+        """By name, where this rank keeps them: one behind the other, in its partition's order."""
+        here = self._wrapper.params_in_partition[index]
+        buffer = self._base.state[self._keys()[index][0]].get(MOMENTUM)
+        parts = () if buffer is None else buffer.split([parameter.numel() for parameter in here])
+        by_parameter = {
+            id(parameter): part.view_as(parameter)
+            for parameter, part in zip(here, parts, strict=True)
+        }
+        names = self._groups[index].names
+        return {
+            name: by_parameter[id(self._trained[name])]
+            for name in names if id(self._trained[name]) in by_parameter
+        }  # fmt: skip
 
     def _link_moments(self) -> None:
         """Let each parameter find its part of the flat moments (ZeRO 1 and 2).
@@ -139,6 +202,11 @@ class OptimizerState:
             if hasattr(self._wrapper, name):
                 return list(getattr(self._wrapper, name))
         return []
+
+
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a group's step count is in the group: apex's."""
+    return type(optimizer).__module__.partition(".")[0] == "apex"
 
 
 def _full(parameter: nn.Parameter, key: str | None = None) -> Tensor:

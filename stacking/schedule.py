@@ -64,6 +64,18 @@ def learning_rate(step: int, config: LearningRateConfig, total_steps: int) -> fl
     return config.end + (config.peak - config.end) * share_left
 
 
+def base_rate(recipe: Recipe, step: int) -> float:
+    """Rate of optimizer step `step`, without its stage's factor.
+
+    With scope "stage" every stage is a run of its own: it warms up and decays over its own steps.
+    """
+    if recipe.learning_rate.scope == "run":
+        return learning_rate(step, recipe.learning_rate, recipe.total_steps)
+    position = stage_at(step, recipe.stages)
+    steps = recipe.stages[position.stage].steps
+    return learning_rate(position.step_in_stage, recipe.learning_rate, steps)
+
+
 def rewarm_factor(step_in_stage: int, rewarm: Rewarm | None, *, is_new: bool) -> float:
     """Factor on the rate of the stage's step `step_in_stage` (0-based).
 
@@ -82,7 +94,7 @@ def rewarm_factor(step_in_stage: int, rewarm: Rewarm | None, *, is_new: bool) ->
 def stage_rates(recipe: Recipe, step: int) -> tuple[float, float]:
     """Rates of optimizer step `step`: of all parameters, and of those that came with its stage."""
     position = stage_at(step, recipe.stages)
-    rate = learning_rate(step, recipe.learning_rate, recipe.total_steps)
+    rate = base_rate(recipe, step)
     rewarm = recipe.stages[position.stage].rewarm
     old, new = (
         rewarm_factor(position.step_in_stage, rewarm, is_new=is_new) for is_new in (False, True)

@@ -3,11 +3,13 @@
 It is the main rank's alone: no other rank ever holds a full copy.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, by their name in every implementation
+MOMENTUM = "momentum_buffer"  # Muon's only one
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Snapshot:
 
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """"exp_avg" and "exp_avg_sq" -> name -> tensor; only parameters that have a history."""
+    """"exp_avg" and "exp_avg_sq", or "momentum_buffer" -> name -> tensor.
+
+    Only parameters that have a history are here: Adam's two moments, or Muon's momentum."""
     optimizer_steps: dict[str, int] = field(default_factory=dict)
-    """Adam's own count of these parameters, at least 1; all others start at 0."""
+    """The optimizer's own count of these parameters, at least 1; all others start at 0."""
     new_names: frozenset[str] = frozenset()
     """Parameters that came with the current stage: their rate may have a factor of its own."""
     loss_scaler: LossScaler | None = None
@@ -55,16 +59,22 @@ class Snapshot:
                 faults.append(f"{name}: {count} optimizer steps, but no weight")
             elif count < 1:
                 faults.append(f"{name}: got {count} optimizer steps; allowed: 1 or more, or none")
-        for key in sorted({*self.moments, *(MOMENTS if self.optimizer_steps else ())}):
-            faults += self._moment_faults(key)
+        of_muon = self.moments.get(MOMENTUM, {}).keys()
+        of_adam = self.optimizer_steps.keys() - of_muon
+        for key in sorted({*self.moments, *(MOMENTS if of_adam else ())}):
+            faults += self._moment_faults(key, of_muon)
         return faults
 
-    def _moment_faults(self, key: str) -> list[str]:
-        if key not in MOMENTS:
-            return [f"moments: got {key!r}; allowed: {' and '.join(MOMENTS)}"]
-        named = self.moments.get(key, {})
-        lonely = sorted(named.keys() ^ self.optimizer_steps.keys())
-        faults = [f"{name}: has either {key} or a step count, not both" for name in lonely]
+    def _moment_faults(self, key: str, of_muon: Set[str]) -> list[str]:
+        if key not in (*MOMENTS, MOMENTUM):
+            allowed = f"{' and '.join(MOMENTS)}, or {MOMENTUM}"
+            return [f"moments: got {key!r}; allowed: {allowed}"]
+        named, counted = self.moments.get(key, {}), self.optimizer_steps.keys()
+        both = sorted(named.keys() & of_muon) if key in MOMENTS else []
+        faults = [f"{name}: has both {key} and {MOMENTUM}" for name in both]
+        lonely = sorted(named.keys() ^ (counted - of_muon if key in MOMENTS else counted & of_muon))
+        lonely = [name for name in lonely if name not in both]
+        faults += [f"{name}: has either {key} or a step count, not both" for name in lonely]
         shapes = {name: self.weights[name].shape for name in named if name in self.weights}
         faults += [
             f"{name}: {key} has shape {list(named[name].shape)}, the weight {list(shape)}"

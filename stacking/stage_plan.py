@@ -27,7 +27,7 @@ from stacking.deepspeed_config import (
 from stacking.errors import ConfigError
 from stacking.growth.legality import recipe_faults
 from stacking.growth.plan import Operators, before_learning, plan_growth
-from stacking.schedule import learning_rate, stage_start
+from stacking.schedule import base_rate, learning_rate, stage_start
 
 ZeroStage = Literal[0, 1, 2, 3]
 ZERO_STAGES: tuple[ZeroStage, ...] = get_args(ZeroStage)
@@ -184,7 +184,7 @@ def _planned(recipe: Recipe, index: int) -> PlannedStage:
         num_trained=trained_parameters(model, freeze),
         step_flops=training_flops(model, batch, length, predictions, freeze=freeze),
         entry_flops=entry_flops,
-        rates=(_rate(recipe, first), _rate(recipe, first + stage.steps - 1)),
+        rates=(base_rate(recipe, first), base_rate(recipe, first + stage.steps - 1)),
     )
 
 
@@ -195,8 +195,9 @@ def _scratch(recipe: Recipe) -> PlannedStage:
     flops = training_flops(
         model, recipe.global_batch_size, data.max_seq_length, data.max_predictions_per_seq
     )
-    ends = (_rate(recipe, 0), _rate(recipe, recipe.total_steps - 1))
-    return PlannedStage(model, data, recipe.total_steps, 0, None, None, size, size, flops, 0, ends)
+    steps, rate = recipe.total_steps, recipe.learning_rate
+    ends = (learning_rate(0, rate, steps), learning_rate(steps - 1, rate, steps))
+    return PlannedStage(model, data, steps, 0, None, None, size, size, flops, 0, ends)
 
 
 def _entry(recipe: Recipe, index: int) -> Entry:
@@ -214,11 +215,9 @@ def _entry(recipe: Recipe, index: int) -> Entry:
     return Entry("nothing but sequences" if differs else "nothing grows", 0.0, grows=False)
 
 
-def _rate(recipe: Recipe, step: int) -> float:
-    return learning_rate(step, recipe.learning_rate, recipe.total_steps)
-
-
 def _decay_warnings(recipe: Recipe, stages: Sequence[PlannedStage]) -> list[str]:
+    if recipe.learning_rate.scope == "stage":
+        return []  # asked for: each stage starts anew
     places = [
         f"stage {number} (step {stage.first_step:,}, {stage.rates[0]:.2g})"
         for number, stage in enumerate(stages, 1)
@@ -270,5 +269,5 @@ def _ceiling_warnings(plan: RecipePlan) -> list[str]:
 def _decays_at(recipe: Recipe, stage: PlannedStage) -> bool:
     """Whether the rate falls into the stage's first step, or out of it."""
     first = stage.first_step
-    before, here, after = (_rate(recipe, step) for step in (first - 1, first, first + 1))
+    before, here, after = (base_rate(recipe, step) for step in (first - 1, first, first + 1))
     return before > here or here > after

@@ -1,4 +1,4 @@
-"""Adam's moments at a switch: the history with which each number of the grown model starts.
+"""Moments at a switch, Adam's above all: the history with which each grown number starts.
 
 Four policies (a stage's `moments`):
 
@@ -12,6 +12,9 @@ and it trains in a parameter group of its own. Where a tensor is widened its new
 old count: with a second moment of 0 they would step (1 - b1^k) / sqrt(1 - b2^k) times the rate, up
 to 6.5 times at b2 = 0.999. So inside a widened tensor every policy but `reset` seeds exp_avg_sq:
 a copy with the mapped one, a fresh number with the mean of the tensor's numbers that have one.
+
+Muon has one moment, the mean of gradients (momentum_buffer), and corrects nothing by its count. It
+grows as exp_avg does; a copy under `seed_v` starts with 0, as under `keep`.
 """
 
 from collections.abc import Mapping
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from stacking.growth.contract import Kind
+from stacking.snapshot import MOMENTS, MOMENTUM
 
 Policy = Literal["reset", "keep", "grow", "seed_v"]
 
@@ -38,8 +42,9 @@ class Carried:
     """What the grown model's optimizer starts with.
 
     Attributes:
-        moments: "exp_avg" and "exp_avg_sq" by parameter; only parameters with a history.
-        optimizer_steps: Adam's count of these parameters.
+        moments: "exp_avg" and "exp_avg_sq", or "momentum_buffer", by parameter; only parameters
+            with a history.
+        optimizer_steps: the optimizer's count of these parameters.
         new_names: parameters of which no number existed before.
     """
 
@@ -61,33 +66,49 @@ def carry_moments(
         plan: the growth.
         weights: the small model's; only their shapes are read.
         moments: of the small model, fp32; a parameter that was frozen has none.
-        optimizer_steps: Adam's counts of the small model's parameters.
+        optimizer_steps: the counts of the small model's parameters.
         policy: see the module.
     """
     ones = {name: torch.ones_like(tensor) for name, tensor in weights.items()}
     new_names = frozenset(
         name for name, flags in plan.grow(ones, kind="is_old").items() if not flags.any()
     )
-    if policy == "reset" or not moments:
-        return Carried({}, {}, new_names)
+    carried: dict[str, dict[str, Tensor]] = {}
+    steps: dict[str, int] = {}
+    for keys in (MOMENTS, (MOMENTUM,)):
+        if policy != "reset" and keys[0] in moments:
+            given = {key: moments[key] for key in keys}
+            grown, counts = _carry_kind(plan, ones, given, optimizer_steps, policy)
+            carried |= grown
+            steps |= counts
+    return Carried(carried, steps, new_names)
+
+
+def _carry_kind(
+    plan: TensorMap,
+    ones: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    optimizer_steps: Mapping[str, int],
+    policy: Policy,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """Grown moments and counts of the parameters of one optimizer, by its names of the moments."""
+    first, *second = moments
     has_history = {
-        name: tensor if name in moments["exp_avg"] else torch.zeros_like(tensor)
+        name: tensor if name in moments[first] else torch.zeros_like(tensor)
         for name, tensor in ones.items()
     }
     is_old = plan.grow(has_history, kind="is_old")
     origins = plan.grow(has_history, kind="exp_avg_sq")
     counts = _counts(plan, has_history, origins, optimizer_steps)
-    mean, square = (
-        plan.grow(_filled(moments[key], has_history), kind=key) for key in ("exp_avg", "exp_avg_sq")
-    )
-    copies_start = policy in ("grow", "seed_v")
-    carried: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-    for name, old in is_old.items():
-        if counts[name] and (copies_start or old.any()):
-            carried["exp_avg"][name] = mean[name] if policy == "grow" else mean[name] * old
-            carried["exp_avg_sq"][name] = _seeded(square[name], origins[name] > 0)
-    steps = {name: counts[name] for name in carried["exp_avg"]}
-    return Carried(carried, steps, new_names)
+    mean = plan.grow(_filled(moments[first], has_history), kind="exp_avg")
+    # A copy needs a second moment at once, a momentum of 0 is no history.
+    copies_start = policy == "grow" or (policy == "seed_v" and bool(second))
+    names = [n for n, old in is_old.items() if counts[n] and (copies_start or bool(old.any()))]
+    carried = {first: {n: mean[n] if policy == "grow" else mean[n] * is_old[n] for n in names}}
+    for key in second:
+        square = plan.grow(_filled(moments[key], has_history), kind="exp_avg_sq")
+        carried[key] = {name: _seeded(square[name], origins[name] > 0) for name in names}
+    return carried, {name: counts[name] for name in names}
 
 
 def _filled(moments: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from _pytest.mark import ParameterSet
 from stacking import distributed
 from stacking.config import BertConfig, Freeze, OptimizerConfig
 from stacking.dataset import MaskedLMBatch
+from stacking.deepspeed_config import ClientOptimizer
 from stacking.deepspeed_schema import Compile
 from stacking.engine import TrainEngine
 from stacking.modeling import BertForPreTraining, init_weights
@@ -47,6 +48,7 @@ class Settings:
     apex_layer_norm: bool = False
     checkpoint_interval: int = 0
     compile: Compile | None = None
+    client_optimizer: ClientOptimizer | None = None
 
 
 def settings(zero_stage: int, precision: str) -> Settings:

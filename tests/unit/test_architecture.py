@@ -25,13 +25,14 @@ LAYERS = {
     0: {"errors"},
     1: {"config_base", "config_faults", "config_learning_rate", "config_model", "config_stage",
         "config", "config_loading", "schedule", "distributed", "deepspeed_schema",
-        "deepspeed_checks", "deepspeed_config", "stopping", "progress",
+        "deepspeed_checks", "deepspeed_config", "deepspeed_optimizer", "stopping", "progress",
         "rank_agreement", "rank_ledger", "rank_watch"},
     2: {"snapshot", "parameter_groups", "functional", "positions", "layers", "attention",
         "pooling", "encoder", "modeling", "growth", "freezing", "sample_order", "shard_reader",
         "truncation", "batch", "dataset", "cost", "metrics"},
-    3: {"engine", "engine_module", "engine_options", "engine_teardown", "optimizer_state",
-        "loss_scaling", "checkpoint", "checkpoint_writer", "run_folder", "autopsy"},
+    3: {"engine", "engine_module", "engine_options", "engine_teardown", "client_optimizers",
+        "optimizer_state", "loss_scaling", "checkpoint", "checkpoint_writer",
+        "run_folder", "autopsy"},
     4: {"stage_growth", "stage_switch"},
     5: {"run_data", "run_log", "run_saving", "trainer", "hf", "hf_homes", "hf_tokenizer",
         "hf_folder", "hf_grow", "hf_probe", "hf_side_files", "glue", "squad", "attention_maps",
@@ -39,8 +40,8 @@ LAYERS = {
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 ONLY_IN = {
-    "deepspeed": {"engine", "engine_module", "engine_teardown"},
-    "apex": {"engine_module"},
+    "deepspeed": {"engine", "engine_module", "engine_teardown", "client_optimizers"},
+    "apex": {"engine_module", "client_optimizers"},
     "transformers": {"hf", "hf_homes", "hf_tokenizer", "hf_folder", "hf_probe"},
     "matplotlib": {"attention_maps", "report_figures"},
     "argparse": set[str](),

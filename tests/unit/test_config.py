@@ -88,6 +88,19 @@ BROKEN = [
     ("learning_rate.peak=1e999", r"learning_rate\.peak: got Infinity; allowed: a number"),
     ("learning_rate.decay_steps=0", r"learning_rate\.decay_steps: got 0; allowed: at least 1"),
     ("learning_rate.warmup_steps=18", r"warmup_steps: got 18, and decay_steps 6, of 23 steps"),
+    ("learning_rate.scope=epoch", r"learning_rate\.scope: got 'epoch'; allowed: one of 'run'"),
+    (
+        'learning_rate={"scope": "stage", "warmup_steps": 7}',
+        r"warmup_steps: got 7, and decay_steps 0, of 7 steps in stages\.1; .*at most 6",
+    ),
+    (
+        'learning_rate={"scope": "stage", "total_steps": 30}',
+        r"total_steps: got 30 with scope 'stage', .*allowed: absent, or scope 'run'",
+    ),
+    (
+        'learning_rate={"scope": "stage", "schedule": "piecewise", "points": [[0, 1], [2, 3]]}',
+        r"scope: got stage with schedule 'piecewise', .*'linear' or 'cosine' or",
+    ),
     ("learning_rate.end=0.003", r"learning_rate\.end: got 0\.003; allowed: 0 to .*, 0\.002"),
     ("learning_rate.schedule=linear", r"decay_steps: got 6 with schedule 'linear', .*'wsd'"),
     ("learning_rate.points=[[0, 1], [2, 3]]", r"points: got .* with schedule 'wsd'.*'piecewise'"),

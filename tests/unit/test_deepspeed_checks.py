@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stacking.config_loading import merge
 from stacking.deepspeed_config import load_deepspeed_config
 from stacking.deepspeed_schema import OWNED_BY_RECIPE, REFUSED, REMOVED, EngineSettings
 from stacking.errors import ConfigError
 
+ON = {"enabled": True}
 GOOD: dict[str, object] = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 
 
@@ -22,9 +24,9 @@ def write(folder: Path, document: object) -> Path:
     return path
 
 
-def nested(path: str, value: object) -> dict[str, object]:
-    """GOOD with `value` at a dotted path."""
-    document = copy.deepcopy(GOOD)
+def nested(path: str, value: object, start: dict[str, object] | None = None) -> dict[str, object]:
+    """GOOD, or `start`, with `value` at a dotted path."""
+    document = copy.deepcopy(GOOD if start is None else start)
     *parents, key = path.split(".")
     node = document
     for parent in parents:
@@ -98,7 +100,10 @@ BROKEN = [
     ("optimizer.params.max_coeff", 2.0, "max_coeff: not a parameter of AdamW; allowed: absent"),
     ("train_micro_batch_size_per_gpu", 0, "train_micro_batch_size_per_gpu: got 0; allowed: an int"),
     ("data_types.grad_accum_dtype", "float", "got 'float'; allowed: one of 'fp32', 'fp16', 'bf16'"),
-    ("apex.fused_lamb", True, r"apex\.fused_lamb: unknown key"),
+    ("apex.fused_lamb", True, r"apex\.fused_lamb: got true with optimizer\.type 'AdamW'"),
+    ("apex.fused_lam", True, r"apex\.fused_lam: unknown key; did you mean 'fused_lamb'"),
+    ("optimizer.params.ns_method", "gram", "ns_method: not a parameter of AdamW; allowed: absent"),
+    ("zero_optimization.round_robin_gradients", True, "round_robin_gradients: got true; allowed"),
 ]
 
 
@@ -188,3 +193,43 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         "zero_optimization.stage",
         "optimizer.type",
     }
+
+
+MUON_AT_3 = {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 3}}
+NOT_WITH_MUON = [
+    ("optimizer.params.max_coeff", 2.0, "max_coeff: not a parameter of Muon; allowed: absent"),
+    ("optimizer.params.fused", True, "fused: not a parameter of Muon without torch_adam"),
+    ("optimizer.params.momentum", 0.9, r"optimizer\.params\.momentum: unknown key"),
+    ("optimizer.params.ns_method", "svd", "ns_method: got 'svd'; allowed: one of 'gram'"),
+    ("zero_optimization.reduce_scatter", True, "reduce_scatter: got true with .*'Muon' at stage 3"),
+    ("zero_optimization.zero_quantized_gradients", True, "zero_quantized_gradients: got true"),
+    ("zero_optimization.offload_optimizer", {"device": "cpu"}, "offload_optimizer: got device"),
+    ("zero_optimization.offload_param", {"device": "cpu"}, "offload_param: got device 'cpu' with"),
+    ("apex.fused_lamb", True, r"fused_lamb: got true with optimizer\.type 'Muon'"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), NOT_WITH_MUON)
+def test_what_muon_cannot_do_is_refused(
+    tmp_path: Path, path: str, value: object, message: str
+) -> None:
+    load_deepspeed_config(write(tmp_path, MUON_AT_3))
+    with pytest.raises(ConfigError, match=message):
+        load_deepspeed_config(write(tmp_path, merge(MUON_AT_3, nested(path, value, {}))))
+
+
+def test_muon_compiled_layers_and_checkpointed_ones_are_two_of_three(tmp_path: Path) -> None:
+    muon = {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}}
+    compiled, checkpointed = {"compile": ON}, {"activation_checkpointing": ON}
+    for two in (muon | compiled, muon | checkpointed, compiled | checkpointed):
+        load_deepspeed_config(write(tmp_path, two))
+    with pytest.raises(ConfigError, match=r"compile\.enabled: got true with activation_check"):
+        load_deepspeed_config(write(tmp_path, muon | compiled | checkpointed))
+
+
+def test_apexes_lamb_takes_no_coefficients(tmp_path: Path) -> None:
+    lamb = {"optimizer": {"type": "Lamb"}, "apex": {"fused_lamb": True}}
+    load_deepspeed_config(write(tmp_path, lamb))
+    broken = merge(lamb, {"optimizer": {"params": {"max_coeff": 3.0}}})
+    with pytest.raises(ConfigError, match=r"max_coeff: not a parameter of Lamb with apex\.fused"):
+        load_deepspeed_config(write(tmp_path, broken))

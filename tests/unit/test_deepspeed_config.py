@@ -10,6 +10,8 @@ from stacking.config import Recipe
 from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import (
     Accelerator,
+    ClientOptimizer,
+    DeepSpeedConfig,
     ResolvedEngine,
     default_config_path,
     load_deepspeed_config,
@@ -20,7 +22,7 @@ from stacking.deepspeed_config import (
 from stacking.errors import ConfigError
 
 CPU = Accelerator("cpu", supports_fp16=False, supports_bf16=True, fused_adam=False)
-CUDA = Accelerator("cuda", supports_fp16=True, supports_bf16=True, fused_adam=True)
+CUDA = Accelerator("cuda", supports_fp16=True, supports_bf16=True, fused_adam=True, fused_lamb=True)
 OLD_CUDA = Accelerator("cuda", supports_fp16=True, supports_bf16=False, fused_adam=False)
 OLD_CPU = Accelerator("cpu", supports_fp16=False, supports_bf16=False, fused_adam=False)
 NEW_CPU = Accelerator("cpu", supports_fp16=True, supports_bf16=True, fused_adam=False)
@@ -171,14 +173,81 @@ def test_adam_is_torchs_fused_adamw_on_a_cpu_and_fusedadam_on_a_gpu(tmp_path: Pa
 
 def test_lamb_runs_on_a_gpu_without_zero_only(tmp_path: Path) -> None:
     document = {"optimizer": {"type": "Lamb", "params": {"max_coeff": 5.0}}}
-    with pytest.raises(ConfigError, match="got 'Lamb', which DeepSpeed has only for GPUs"):
+    with pytest.raises(ConfigError, match="got 'Lamb', which is for GPUs only; allowed: AdamW"):
         resolved(tmp_path, document)
+    with pytest.raises(ConfigError, match="got 'Lamb', whose kernel .* cannot build here"):
+        resolved(tmp_path, document, OLD_CUDA)
     engine = resolved(tmp_path, document, CUDA)
     block = engine.deepspeed["optimizer"]
     assert isinstance(block, dict)
     assert block["type"] == "Lamb"
     assert block["params"]["max_coeff"] == 5.0
     assert "torch_adam" not in block["params"]
+    assert engine.client_optimizer is None
+
+
+def test_apexes_lamb_is_made_by_the_trainer_and_needs_no_nvcc(tmp_path: Path) -> None:
+    document = {"optimizer": {"type": "Lamb"}, "apex": {"fused_lamb": True}}
+    with pytest.raises(ConfigError, match="got 'Lamb', which is for GPUs only"):
+        resolved(tmp_path, document)
+    engine = resolved(tmp_path, document, OLD_CUDA)
+    assert "optimizer" not in engine.deepspeed
+    numbers = {"lr": 0.0, "betas": [0.8, 0.97], "eps": 1e-7}
+    assert engine.client_optimizer == ClientOptimizer("apex_lamb", numbers)
+    assert engine.deepspeed["gradient_clipping"] == 1.0  # before apex sees the gradients
+
+
+def on_one_rank(config: DeepSpeedConfig, given: Recipe) -> list[ResolvedEngine]:
+    """All stages on the CPU."""
+    return resolve_stages(config, given, world_size=1, accelerator=CPU, strict_precision=False)
+
+
+def without_clipping(given: Recipe) -> Recipe:
+    update = {"optimizer": given.optimizer.model_copy(update={"max_grad_norm": 0.0})}
+    return given.model_copy(update=update)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_muon_is_made_by_the_trainer_with_the_recipes_numbers(
+    tmp_path: Path, zero_stage: int
+) -> None:
+    params = {"ns_method": "standard"}
+    document = {
+        "optimizer": {"type": "Muon", "params": params},
+        "zero_optimization": {"stage": zero_stage},
+    }
+    still = without_clipping(recipe())
+    on_cpu = resolved(tmp_path, document, using=still)
+    numbers = {"lr": 0.0, "betas": [0.8, 0.97], "eps": 1e-7, "momentum": 0.95, **params}
+    assert on_cpu.client_optimizer == ClientOptimizer("muon", numbers, torch_adam=True)
+    assert "optimizer" not in on_cpu.deepspeed
+    zero = on_cpu.deepspeed["zero_optimization"]
+    assert zero == {"stage": zero_stage, **({"reduce_scatter": False} if zero_stage == 3 else {})}
+    on_gpu = resolved(tmp_path, document, CUDA, using=still).client_optimizer
+    assert on_gpu == ClientOptimizer("muon", numbers, torch_adam=False)
+    no_compiler = resolved(tmp_path, document, OLD_CUDA, using=still)
+    assert "FusedAdam cannot be built" in no_compiler.notices[0]
+
+
+def test_muon_does_not_clip(tmp_path: Path) -> None:
+    document = {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}}
+    with pytest.raises(ConfigError, match=r"max_grad_norm 1\.0; allowed: 0, because under ZeRO"):
+        resolved(tmp_path, document)
+
+
+@pytest.mark.parametrize("first", ["AdamW", "Muon"])
+def test_a_history_does_not_pass_from_one_kind_of_optimizer_to_another(
+    tmp_path: Path, first: str
+) -> None:
+    second = "Muon" if first == "AdamW" else "AdamW"
+    document = {"optimizer": {"type": first}, "zero_optimization": {"stage": 1}}
+    changed = without_clipping(recipe(optimizer={"type": second}))
+    config = load_deepspeed_config(write(tmp_path, document))
+    assert len(on_one_rank(config, changed)) == 2
+    stages = (changed.stages[0], changed.stages[1].model_copy(update={"moments": "keep"}))
+    kept = changed.model_copy(update={"stages": stages})
+    with pytest.raises(ConfigError, match=rf"stages\.1\.moments: got 'keep' where .* '{second}'"):
+        on_one_rank(config, kept)
 
 
 def test_what_only_helps_a_gpu_is_dropped_on_a_cpu_with_a_notice(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 A failure here names what a new DeepSpeed release changed: mend or drop that work-around.
 """
 
+import importlib
 import inspect
 import re
 import subprocess
@@ -77,6 +78,43 @@ def test_moments_of_later_groups_are_still_linked_too_early() -> None:
     module = sys.modules["deepspeed.runtime.zero.stage_1_and_2"]
     step = source_of(module.DeepSpeedZeroOptimizer._optimizer_step)
     assert "_lazy_init_hp_params_optimizer_state" in step, "drop OptimizerState._link_moments"
+
+
+def test_the_private_names_of_muon_exist() -> None:
+    muon = importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    assert "self.aux_optimizer" in source_of(muon.MuonWithAuxAdam)
+    stage12 = sys.modules["deepspeed.runtime.zero.stage_1_and_2"].DeepSpeedZeroOptimizer
+    whole = "torch.zeros(sum(t.numel() for t in tensor_list)"  # OptimizerState._moment_shape
+    assert whole in source_of(stage12._muon_momentum_buffer)
+    assert "params_in_partition.append" in source_of(stage12)
+    assert "self.param_to_partition_ids[i][param_id]" in source_of(stage12.average_tensor)
+    assert "getattr(tensor_list[0], 'use_muon'" in source_of(stage12._is_muon_group)
+    stage3 = sys.modules["deepspeed.runtime.zero.stage3"].DeepSpeedZeroOptimizer_Stage3
+    assert "torch.zeros(num_elements" in source_of(stage3._create_momentum_buffer)
+    assert "if self.use_muon and self.reduce_scatter" in source_of(stage3.__init__)
+
+
+def test_muon_is_still_compiled_and_its_update_still_clipped() -> None:
+    kernels = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    text = source_of(kernels)
+    assert "@compiler.compile()\ndef muon_update" in text, "drop client_optimizers.plain_kernels"
+    assert "sqrt(rows / cols) if rows > cols" in text, "see ParameterGroup.rate_factor"
+    stage12 = sys.modules["deepspeed.runtime.zero.stage_1_and_2"].DeepSpeedZeroOptimizer
+    clip = source_of(stage12.step)
+    assert "clip covers the orthogonalized gradient" in clip, "drop _clipping_faults"
+
+
+def test_round_robin_gradients_still_link_the_wrong_parts_of_the_masters() -> None:
+    """Offsets are handed over for padded parameters alone; see deepspeed_checks."""
+    stage12 = sys.modules["deepspeed.runtime.zero.stage_1_and_2"].DeepSpeedZeroOptimizer
+    link = source_of(stage12._link_all_hp_params)
+    assert "if any(self.round_robin_bit16_padding[i])" in link, "allow round_robin_gradients"
+
+
+def test_fused_lamb_still_counts_by_parameter() -> None:
+    step = source_of(importlib.import_module("deepspeed.ops.lamb.fused_lamb").FusedLamb.step)
+    assert "state['step'] += 1" in step
+    assert "state['exp_avg_sq'] = " in step
 
 
 def test_fused_adam_still_counts_in_the_last_parameter_of_a_group_alone() -> None:

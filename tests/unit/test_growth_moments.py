@@ -8,8 +8,9 @@ from torch import Tensor
 
 from stacking.config import BertConfig
 from stacking.growth.contract import parameter_shapes
-from stacking.growth.moments import Policy, carry_moments
+from stacking.growth.moments import Carried, Policy, carry_moments
 from stacking.growth.plan import GrowthPlan, Operators, plan_growth
+from stacking.snapshot import Snapshot
 
 SMALL = BertConfig(
     vocab_size=23,
@@ -187,3 +188,42 @@ def test_a_tensor_of_two_origins_takes_the_larger_count() -> None:
         inner = "encoder.layers.{}.feed_forward.inner.weight"
         assert carried.optimizer_steps[inner.format(0)] == 900
         assert carried.optimizer_steps[inner.format(1)] == counts[1]
+
+
+MUONS = [name for name, shape in parameter_shapes(SMALL).items()
+         if layer(name) is not None and len(shape) == 2]  # fmt: skip
+
+
+def with_muon(policy: Policy, target: BertConfig) -> tuple[GrowthPlan, Carried]:
+    """Muon's matrices and Adam's rest, grown together."""
+    plan = plan_growth(SMALL, target, Operators())
+    weights, moments = state(3)
+    mixed = {key: {n: t for n, t in named.items() if n not in MUONS}
+             for key, named in moments.items()}  # fmt: skip
+    mixed["momentum_buffer"] = {name: moments["exp_avg"][name] for name in MUONS}
+    steps = dict.fromkeys(weights, 400)
+    return plan, carry_moments(plan, weights, mixed, steps, policy)
+
+
+@pytest.mark.parametrize("target", [DEEP, WIDE, BOTH])
+@pytest.mark.parametrize("policy", ["reset", "keep", "grow", "seed_v"])
+def test_muons_momentum_grows_as_adams_first_moment(policy: Policy, target: BertConfig) -> None:
+    found = with_muon(policy, target)[1]
+    adams = grown(target, policy)
+    if policy == "reset":
+        assert found.moments == {}
+        assert found.optimizer_steps == {}
+        return
+    momenta = found.moments["momentum_buffer"]
+    expected = {n for n in adams[1]["exp_avg"] if n.rsplit(".", 1)[-1] == "weight" and
+                layer(n) is not None and len(parameter_shapes(target)[n]) == 2}  # fmt: skip
+    if policy == "seed_v":  # where there is no second moment nothing is left to seed
+        expected = {name for name in expected if name not in found.new_names}
+    assert momenta.keys() == expected
+    assert all(torch.equal(momenta[name], adams[1]["exp_avg"][name]) for name in expected)
+    assert momenta.keys().isdisjoint(found.moments["exp_avg"])
+    assert found.optimizer_steps.keys() == momenta.keys() | found.moments["exp_avg_sq"].keys()
+    assert found.new_names == adams[3]
+    zeros = {name: torch.zeros(shape) for name, shape in parameter_shapes(target).items()}
+    grown_state = Snapshot(zeros, found.moments, found.optimizer_steps, found.new_names)
+    assert grown_state.faults() == []

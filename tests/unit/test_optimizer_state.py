@@ -1,10 +1,12 @@
-"""Counts and moments through an optimizer that counts as DeepSpeed's FusedAdam does.
+"""Counts and moments through optimizers that count as DeepSpeed's FusedAdam and both LAMBs do.
 
-The kernel itself needs a GPU. What is imitated here, its bookkeeping, is guarded in test_engine.py.
+The kernels themselves need a GPU. What is imitated here, their bookkeeping, is guarded in
+test_engine.py, apex's in tests/gpu.
 """
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +45,39 @@ class CountsInTheLast(torch.optim.Optimizer):
                 p.sub_(group["lr"] * mean_hat / (square_hat.sqrt() + OPTIMIZER.eps))
 
 
+class CountsByParameter(CountsInTheLast):
+    """The same update with DeepSpeed's FusedLamb's state: a number for each parameter."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if not self.state[p]:
+                self.state[p] = {"step": 0, **{key: torch.zeros_like(p) for key in MOMENTS}}
+        counts = {p: state["step"] for p, state in self.state.items()}
+        super().step()
+        for p, count in counts.items():
+            self.state[p]["step"] = count + 1
+
+
+class CountsInTheGroup(CountsInTheLast):
+    """The same update with apex's FusedLAMB's state: a count for each group, in the group."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
+            self.state[group["params"][-1]]["step"] = group["step"] - 1
+        super().step()
+        for state in self.state.values():
+            state.pop("step", None)
+
+
+CountsInTheGroup.__module__ = "apex.optimizers.fused_lamb"  # by which it is known
+
+
 def start() -> Snapshot:
     """Layer 0 is old, layer 1 fresh; two parameters of each share a group."""
     torch.manual_seed(2)
@@ -53,16 +88,18 @@ def start() -> Snapshot:
     return Snapshot(weights, moments, steps)
 
 
-def trained(snapshot: Snapshot, is_one_by_one: bool) -> Snapshot:
+def trained(snapshot: Snapshot, kind: type[CountsInTheLast] | None) -> Snapshot:
     """A few steps from `snapshot`, and a rebuild between, as when a run is resumed."""
     for part in (range(STEPS), range(STEPS, 2 * STEPS)):
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
         model.load_state_dict(snapshot.weights)
         groups = parameter_groups(model, OPTIMIZER, snapshot)
         given = [group.for_optimizer(model) for group in groups]
-        adam: torch.optim.Optimizer = CountsInTheLast(given)
-        if is_one_by_one:  # torch's has a count for each parameter
+        adam: torch.optim.Optimizer
+        if kind is None:  # torch's has a count for each parameter
             adam = torch.optim.AdamW(given, lr=RATE, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps)
+        else:
+            adam = kind(given)
         engine = SimpleNamespace(module=model, optimizer=adam, device=torch.device("cpu"))
         state = OptimizerState(engine, groups)
         state.write(snapshot)
@@ -81,9 +118,10 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-def test_a_count_that_only_the_last_parameter_keeps_is_that_of_its_group() -> None:
+@pytest.mark.parametrize("kind", [CountsInTheLast, CountsByParameter, CountsInTheGroup])
+def test_a_count_is_found_wherever_an_optimizer_keeps_it(kind: type[CountsInTheLast]) -> None:
     begun = start()
-    ours, expected = trained(begun, False), trained(begun, True)
+    ours, expected = trained(begun, kind), trained(begun, None)
     assert ours.optimizer_steps == expected.optimizer_steps
     assert ours.optimizer_steps == {
         name: 2 * STEPS + begun.optimizer_steps.get(name, 0) for name in begun.weights

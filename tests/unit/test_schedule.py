@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from stacking.config import LearningRateConfig, Recipe, Rewarm, Stage
 from stacking.schedule import (
     StagePosition,
+    base_rate,
     learning_rate,
     rewarm_factor,
     stage_at,
@@ -194,3 +195,38 @@ def test_a_stages_rates_are_the_schedules_times_its_factors() -> None:
         base = learning_rate(step, recipe.learning_rate, recipe.total_steps)
         factor = 1.0 if step < 4 else min(1.5, 1.0 + 0.5 * (step - 3) / 5)
         assert stage_rates(recipe, step) == pytest.approx((base, base * factor))
+
+
+def by_stages(schedule: dict[str, object], steps: list[int]) -> Recipe:
+    """A recipe of stages of so many steps, the second of which has a factor."""
+    stages: list[dict[str, object]] = [{"num_hidden_layers": 1, "steps": n} for n in steps]
+    stages[1]["rewarm"] = {"parameters": "new", "start": 1.0, "factor": 1.5}
+    model = {"vocab_size": 50, "num_hidden_layers": 1}
+    document = {"name": "x", "model": model, "learning_rate": schedule, "stages": stages}
+    return Recipe.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"schedule": "linear", "warmup_steps": 2, "end": 1e-4},
+        {"schedule": "cosine", "warmup_steps": 3},
+        {"schedule": "constant", "warmup_steps": 3},
+        {"schedule": "wsd", "warmup_steps": 1, "decay_steps": 3},
+    ],
+    ids=lambda schedule: schedule["schedule"],
+)
+def test_a_schedule_of_stages_is_that_of_a_run_for_each_of_them(
+    schedule: dict[str, object],
+) -> None:
+    steps = [5, 11, 4]
+    recipe = by_stages({**schedule, "peak": PEAK, "scope": "stage"}, steps)
+    alone = LearningRateConfig.model_validate({**schedule, "peak": PEAK})
+    expected = [learning_rate(step, alone, total) for total in steps for step in range(total)]
+    found = [stage_rates(recipe, step) for step in range(recipe.total_steps)]
+    assert [old for old, _ in found] == pytest.approx(expected)
+    factors = [1.0] * 5 + [1.5] * 11 + [1.0] * 4
+    assert [new / old for old, new in found] == pytest.approx(factors)
+    whole = by_stages({**schedule, "peak": PEAK}, steps)
+    assert [stage_rates(whole, step) for step in range(20)] != found
+    assert [base_rate(whole, step) for step in range(20)] == rates(alone, 20)
