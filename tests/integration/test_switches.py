@@ -70,9 +70,7 @@ def surroundings() -> dict[str, object]:
     process = psutil.Process()
     return {
         "process groups": len(torch.distributed.distributed_c10d._world.pg_map),
-        "threads": process.num_threads(),
         "python threads": sorted(thread.name for thread in threading.enumerate()),
-        "file descriptors": process.num_fds(),
         "files": sorted(file.path for file in process.open_files()),
         "children": len(process.children(recursive=True)),
         "at exit": atexit._ncallbacks(),
@@ -83,18 +81,18 @@ def surroundings() -> dict[str, object]:
     }
 
 
-def hooks(built: TrainEngine) -> Counter[str]:
-    """Hooks on the modules and parameters of an engine, and those on all modules, by kind."""
+def hooks(root: nn.Module) -> Counter[str]:
+    """Hooks on a model's modules and parameters, and those on all modules, by kind."""
     found: Counter[str] = Counter()
-    for module in built._engine.module.modules():
+    for module in root.modules():
         found.update({k: len(v) for k, v in vars(module).items() if k.endswith("_hooks")})
-    for parameter in built._engine.module.parameters():
+    for parameter in root.parameters():
         for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
             found[f"{kind} of parameters"] += len(getattr(parameter, kind) or ())
     for name, value in vars(nn.modules.module).items():
         if name.startswith("_global_") and name.endswith("_hooks"):
             found[name] += len(value)
-    return found
+    return +found  # without zeros
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,7 @@ class Census:
     alive: list[int]  # engines, optimizers and modules that outlived each switch
     hooks: list[Counter[str]]  # of each switch's new engine
     surroundings: list[dict[str, object]]  # after each switch
+    handles: list[tuple[int, int]]  # file descriptors and threads after each switch
     patched: list[str]  # names that stand for another function than before
 
 
@@ -126,8 +125,10 @@ def switch_once(case: tuple[int, str], step: int) -> tuple[list[object], Counter
     del snapshot
     train(large, range(step, step + 1))
     watch(large)
-    counted = hooks(large)
+    module: nn.Module = large._engine.module
+    counted = hooks(module)
     large.destroy()
+    assert not hooks(module), hooks(module)
     return list(watched), counted
 
 
@@ -139,7 +140,7 @@ def switch_many_times(cases: list[tuple[int, str]]) -> dict[tuple[int, str], Cen
     assert not living()
     found = {}
     for case in cases:
-        census = Census([], [], [], [], [])
+        census = Census([], [], [], [], [], [])
         before = functions()
         for step in range(SWITCHES):
             watched, counted = switch_once(case, step)
@@ -147,6 +148,8 @@ def switch_many_times(cases: list[tuple[int, str]]) -> dict[tuple[int, str], Cen
             census.alive.append(sum(ref() is not None for ref in watched))  # type: ignore[operator]
             census.hooks.append(counted)
             census.surroundings.append(surroundings())
+            process = psutil.Process()
+            census.handles.append((process.num_fds(), process.num_threads()))
         after = functions()
         census.patched.extend(name for name, what in before.items() if after.get(name) != what)
         found[case] = census
@@ -175,6 +178,9 @@ def check(case: tuple[int, str], census: Census) -> None:
     for after in census.surroundings[1:]:  # the first switch imports and opens things once
         assert after == census.surroundings[1], case
     assert census.surroundings[1]["living"] == {}, case
+    for counts in zip(*census.handles, strict=True):
+        # The runtime's own come and go by one; what a switch left would add up.
+        assert max(counts[-5:]) <= max(counts[:5]), (case, counts)
     growth = [late - census.resident[1] for late in census.resident[1:]]
     assert growth[-1] < MOST_GROWTH_BYTES, (case, growth)
     assert growth[-1] <= 0.02 * census.resident[1], (case, growth)
