@@ -22,6 +22,8 @@ from stacking.errors import ConfigError
 JsonObject = dict[str, object]
 _Part = TypeVar("_Part", bound=BaseModel)
 
+_LARGEST_FILE = 16 * 2**20  # bytes; the largest sensible recipe has a few thousand
+
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, its bases and `key.path=value` overrides; ConfigError lists every fault."""
@@ -61,10 +63,15 @@ def recipe_schema_text() -> str:
 def read_json_object(path: Path) -> JsonObject:
     """One JSON object from a file; duplicate keys, NaN and infinities are refused."""
     try:
+        size = path.stat().st_size
+        if not path.is_file() or size > _LARGEST_FILE:  # a pipe would wait, a device never end
+            raise ConfigError(
+                f"{path}: is no plain file of at most {_LARGEST_FILE >> 20} MiB; give a JSON file"
+            )
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(_missing_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); give a file") from None
     try:
         value = parse_json(text)
@@ -200,8 +207,9 @@ def _part(model: type[_Part], value: object) -> _Part | None:
     except ValidationError as error:
         if not isinstance(value, dict):
             return None
-        for item in error.errors():
-            is_unknown_key = item["type"] == "extra_forbidden" and len(item["loc"]) == 1
-            if not is_unknown_key and item["type"] != BETWEEN_FIELDS:
-                return None
-        return model.model_construct(**{k: v for k, v in value.items() if k in model.model_fields})
+        known = {key: item for key, item in value.items() if key in model.model_fields}
+        if len(known) < len(value):
+            return _part(model, known)
+        if any(item["type"] != BETWEEN_FIELDS for item in error.errors()):
+            return None
+        return model.model_construct(**known)
