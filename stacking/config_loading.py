@@ -1,12 +1,14 @@
 """Recipe files in, a checked Recipe out; and back. All faults at once, in one ConfigError."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from data_prep.plain_files import read_plain
 from stacking.config import (
     BertConfig,
     DataConfig,
@@ -21,8 +23,6 @@ from stacking.errors import ConfigError
 
 JsonObject = dict[str, object]
 _Part = TypeVar("_Part", bound=BaseModel)
-
-_LARGEST_FILE = 16 * 2**20  # bytes; the largest sensible recipe has a few thousand
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -63,12 +63,7 @@ def recipe_schema_text() -> str:
 def read_json_object(path: Path) -> JsonObject:
     """One JSON object from a file; duplicate keys, NaN and infinities are refused."""
     try:
-        size = path.stat().st_size
-        if not path.is_file() or size > _LARGEST_FILE:  # a pipe would wait, a device never end
-            raise ConfigError(
-                f"{path}: is no plain file of at most {_LARGEST_FILE >> 20} MiB; give a JSON file"
-            )
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_plain(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(_missing_file(path)) from None
     except (OSError, ValueError) as error:
@@ -99,7 +94,13 @@ def parse_json(text: str) -> object:
     def refuse(constant: str) -> float:
         raise ValueError(f"got {constant}, which is not a JSON number")
 
-    value: object = json.loads(text, object_pairs_hook=build, parse_constant=refuse)
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(f"{digits[:20]}, too large a number")
+
+    value: object = json.loads(
+        text, object_pairs_hook=build, parse_constant=refuse, parse_float=number
+    )
     if duplicates:
         names = ", ".join(map(repr, duplicates))
         raise ValueError(f"the same key is given twice in one object: {names}; keep one of each")
@@ -164,7 +165,7 @@ def _override(document: JsonObject, text: str) -> str | None:
                 node[part] = value
             node = node.setdefault(part, {})
         elif isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
+            if part not in map(str, range(len(node))):
                 allowed = f"an index from 0 to {len(node) - 1}" if node else "no index: it is empty"
                 return f"--set {text}: {where}: got {show(part)}; allowed: {allowed}"
             if is_last:

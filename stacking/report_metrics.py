@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.plain_files import require_plain
 from stacking.errors import UserError
 
 Row = Mapping[str, object]
@@ -131,7 +132,7 @@ def read_metrics(path: Path) -> RunMetrics:
     rows = _read_rows(path)
     try:
         return _run_metrics(path, rows)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: a row is not as this version writes it ({type(error).__name__}: {error}); "
             "was it written by another version, or edited?"
@@ -156,6 +157,7 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
 
 def _read_rows(path: Path) -> list[Row]:
     try:
+        require_plain(path)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
@@ -169,7 +171,7 @@ def _read_rows(path: Path) -> list[Row]:
 def _row(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}, line {number}: is no JSON ({error}); the file is damaged there"
         ) from error
@@ -276,7 +278,7 @@ def _floats(row: Row, key: str) -> dict[str, float]:
 
 def _integer(row: Row, key: str, default: int | None = None) -> int:
     value = row[key] if default is None else row.get(key, default)
-    if not isinstance(value, int):
+    if type(value) is not int:
         raise TypeError(f"{key} is {value!r}, no whole number")
     return value
 
@@ -286,6 +288,6 @@ def _float(row: Row, key: str) -> float:
     value = row.get(key)
     if value is None:
         return math.nan
-    if not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{key} is {value!r}, no number")
     return float(value)

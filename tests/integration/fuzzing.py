@@ -94,14 +94,18 @@ def edit_file(path: Path, edits: Sequence[FileEdit], others: Sequence[Path] = ()
 
 
 def _edited_lines(content: bytes, edits: Sequence[TreeEdit]) -> bytes:
-    """A JSON document, or the line of JSON lines that the first edit hits."""
+    """A JSON document, the line of JSON lines that the first edit hits, or safetensors' head."""
+    size = int.from_bytes(content[:8], "little")
+    if content[8:9] == b"{" and size < len(content):
+        head = edited_json(json.loads(content[8 : 8 + size]), edits).encode()
+        return len(head).to_bytes(8, "little") + head + content[8 + size :]
+    lines = [content] if content[:2] == b"{\n" else content.splitlines()
+    hit = edits[0].where % len(lines) if lines else 0
     try:
-        return edited_json(json.loads(content), edits).encode()
-    except ValueError:
-        lines = content.splitlines()
-        hit = edits[0].where % len(lines)
         lines[hit] = edited_json(json.loads(lines[hit]), edits).encode()
-        return b"\n".join(lines) + b"\n"
+    except (ValueError, IndexError):  # no JSON: a vocabulary, or a binary file
+        return content
+    return b"\n".join(lines) + b"\n"
 
 
 class _Object:
