@@ -15,6 +15,7 @@ from stacking.config_loading import load_recipe
 from stacking.errors import CheckpointError, UserError
 from stacking.hf import ExportReport, save_pretrained
 from stacking.modeling import BertForPreTraining
+from stacking.resume import state_for
 
 
 def main() -> int:
@@ -68,7 +69,8 @@ def find_checkpoint(run_dir: Path, tag: str | None) -> Checkpoint:
 
 def export(run_dir: Path, checkpoint: Checkpoint, out: Path) -> ExportReport:
     """Build the model of the checkpoint's stage, fill it and write it."""
-    config = load_recipe(run_dir / "recipe.json").stage_model(checkpoint.state.stage)
+    recipe = load_recipe(run_dir / "recipe.json")
+    config = recipe.stage_model(state_for(checkpoint, recipe).stage)
     model = build_model(config, checkpoint)
     tokenizer = run_dir / "tokenizer"
     return save_pretrained(model, config, out, tokenizer if tokenizer.is_dir() else None)

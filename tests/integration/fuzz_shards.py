@@ -27,12 +27,11 @@ VALUES = (-1, 0, 1, 2, 5, 28, 29, 127, 200, -128, 2**15, 2**16 - 1, 2**31 - 1, -
 
 def edit_shard(path: Path, edit: ShardEdit) -> None:
     """Do one edit."""
-    with h5py.File(path, "a") as file:
+    # Not every edit is possible after an earlier one.
+    with suppress(*HDF5_ERRORS), h5py.File(path, "a") as file:
         names = sorted(name for name in file if isinstance(file.get(name), h5py.Dataset))
         if names:
-            # Not every edit is possible after an earlier one.
-            with suppress(*HDF5_ERRORS):
-                _OPS[edit.op](file, names[edit.where % len(names)], edit)
+            _OPS[edit.op](file, names[edit.where % len(names)], edit)
 
 
 def _rewrite(file: h5py.File, name: str, array: object, **options: object) -> None:

@@ -38,6 +38,7 @@ from stacking.growth.contract import parameter_shapes
 from stacking.growth.legality import recipe_faults
 from stacking.modeling import BertForPreTraining
 from stacking.report import read_metrics, summarize
+from stacking.resume import snapshot_for
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.schedule import stage_rates, stage_start
@@ -269,7 +270,7 @@ def _sign_tag(tag: Path) -> None:
 
 
 def _check_checkpoint(checkpoint: Checkpoint, world: Path, recipe: Recipe, case: Case) -> None:
-    snapshot = checkpoint.snapshot()
+    snapshot = snapshot_for(checkpoint, recipe)
     if not case.is_signed:
         original = CheckpointManager(world / "run" / "checkpoints").load(checkpoint.tag)
         assert checkpoint.state == original.state, "another state"
@@ -278,7 +279,7 @@ def _check_checkpoint(checkpoint: Checkpoint, world: Path, recipe: Recipe, case:
 
 def _check_same(ours: Snapshot, theirs: Snapshot) -> None:
     assert ours.optimizer_steps == theirs.optimizer_steps
-    assert (ours.new_names, ours.loss_scale) == (theirs.new_names, theirs.loss_scale)
+    assert ours.without_tensors() == theirs.without_tensors()
     for mine, other in (
         (ours.weights, theirs.weights),
         *((ours.moments.get(key, {}), theirs.moments.get(key, {})) for key in theirs.moments),

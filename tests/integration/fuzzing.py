@@ -54,7 +54,17 @@ class PlaceEdit:
 
 FileEdit = TreeEdit | ByteEdit | PlaceEdit
 
-TREE_OPS = ("replace", "delete", "rename", "duplicate", "insert", "swap", "negate", "scale", "quote")
+TREE_OPS = (
+    "replace", "delete", "rename", "duplicate", "insert", "swap", "negate", "scale", "quote",
+    "nudge", "nudge", "choose", "choose",
+)  # fmt: skip
+WORDS = (
+    "linear", "cosine", "constant", "wsd", "piecewise", "none", "mean", "max", "concat", "stack",
+    "interleave", "append_last", "middle", "random", "identity", "tile", "split", "zero", "aki",
+    "duplicate", "uneven", "fpi", "replicate", "interpolate", "fresh", "reset", "keep", "grow",
+    "seed_v", "learned", "rotary", "sinusoidal", "pre", "post", "relu", "static", "dynamic", "fp16",
+    "bf16", "fp32", "bfloat16", "cpu", "Lamb", "Adam", "unmasked", "nvidia", "F16", "I64", "F8_E4M3",
+)  # fmt: skip
 BYTE_OPS = (
     "truncate", "flip", "overwrite", "append", "empty", "bom", "utf16", "latin1", "nul", "cut",
     "repeat", "zero", "ones", "brackets",
@@ -167,10 +177,8 @@ def _edit_tree(root: list[object], edit: TreeEdit) -> None:
         other, there = slots[(edit.where * 7 + 3) % len(slots)]
         if not any(slot[0] is other for slot in _slots([old])) and old is not other[there]:
             holder[index], other[there] = other[there], old
-    elif edit.op in ("negate", "scale", "quote"):
-        is_number = isinstance(old, int | float) and not isinstance(old, bool)
-        changed = {"negate": lambda n: -n, "scale": lambda n: n * 1000, "quote": str}[edit.op]
-        holder[index] = changed(old) if is_number else None  # type: ignore[operator]
+    elif edit.op in ("negate", "scale", "quote", "nudge", "choose"):
+        holder[index] = _changed(old, edit)
     else:
         siblings, place = pairs[edit.where % len(pairs)]
         if edit.op == "delete":
@@ -179,6 +187,19 @@ def _edit_tree(root: list[object], edit: TreeEdit) -> None:
             siblings[place][0] = f"{siblings[place][0]}s"
         elif edit.op == "duplicate":
             siblings.append([siblings[place][0], _thawed(edit.value)])
+
+
+def _changed(old: object, edit: TreeEdit) -> object:
+    """A value near the old one: most of these are legal."""
+    if isinstance(old, bool):
+        return not old
+    if isinstance(old, str) and edit.op == "choose":
+        return WORDS[edit.where % len(WORDS)]
+    if not isinstance(old, int | float):
+        return None
+    if edit.op == "nudge":
+        return old + (1, -1, old)[edit.where % 3]
+    return {"negate": -old, "scale": old * 1000, "quote": str(old), "choose": 1}[edit.op]
 
 
 def _text(node: object) -> str:
