@@ -82,18 +82,15 @@ def build_model(config: BertConfig, checkpoint: Checkpoint) -> BertForPreTrainin
     try:
         model.load_state_dict(checkpoint.weights())
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: not of this recipe's model: {error}"
-        ) from error
+        raise CheckpointError(f"{checkpoint.folder}: not this recipe's model: {error}") from error
     return model
 
 
 def as_text(report: ExportReport, checkpoint: Checkpoint) -> str:
     """What people read."""
     head = f"{report.folder}: {report.architecture} of step {checkpoint.state.global_step:,}"
-    proof = (
-        f"transformers gives the same logits (largest difference {report.max_logit_difference:.1e})"
-    )
+    proof = "transformers gives the same logits (largest difference "
+    proof += f"{report.max_logit_difference:.1e})"
     return "\n".join([head, proof, *(f"note: {note}" for note in report.notes)])
 
 

@@ -11,6 +11,8 @@ from stacking.errors import UserError
 
 Row = Mapping[str, object]
 
+_LARGEST_NUMBER = 2**63
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -144,7 +146,7 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
     start = next((row for row in rows if row["event"] == "run_start"), None)
     if start is None:
         raise UserError(f"{path}: holds no run_start row; the run stopped before its first step")
-    return RunMetrics(
+    run = RunMetrics(
         start=_start(start),
         train=tuple(_train(row) for row in _of_kind(kept, "train")),
         evaluations=tuple(_evaluation(row) for row in _of_kind(kept, "evaluation")),
@@ -153,6 +155,11 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
         num_resumes=sum(row["event"] == "resume" for row in rows),
         is_finished=any(row["event"] == "run_end" for row in kept),
     )
+    for rows_of_kind in (run.train, run.evaluations, run.symmetry):
+        stages = [row.stage for row in rows_of_kind]
+        if stages != sorted(stages) or max(stages, default=0) >= len(run.start.stages):
+            raise ValueError(f"the stages of its rows are {str(stages)[:60]}, in order of steps")
+    return run
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -278,8 +285,8 @@ def _floats(row: Row, key: str) -> dict[str, float]:
 
 def _integer(row: Row, key: str, default: int | None = None) -> int:
     value = row[key] if default is None else row.get(key, default)
-    if type(value) is not int:
-        raise TypeError(f"{key} is {value!r}, no whole number")
+    if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
+        raise TypeError(f"{key} is {str(value)[:40]}, no whole number from 0 to 2^63")
     return value
 
 
@@ -289,5 +296,5 @@ def _float(row: Row, key: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{key} is {value!r}, no number")
+        raise TypeError(f"{key} is {str(value)[:40]}, no number")
     return float(value)

@@ -67,7 +67,7 @@ class Sandbox:
 def _serve(pipe: Connection) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     pipe.send("ready")
     with suppress(EOFError):
         while True:

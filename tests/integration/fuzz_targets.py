@@ -12,11 +12,12 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from fuzz_forked import train_forked
 from fuzz_shards import ShardEdit, edit_shard
 from fuzz_world import SPLITS, STEPS, sign_data
 from fuzzing import FileEdit, edit_file
@@ -303,6 +304,30 @@ def _export(world: Path, scratch: Path, case: Case) -> None:
     _main("export.py", folder, "--out", scratch / "exported", "--json")
 
 
+def _train(world: Path, scratch: Path, case: Case) -> None:
+    """A damaged recipe or engine JSON goes through launch/pretrain.py, for a few steps."""
+    case = replace(case, base=case.base % 3)  # those recipes that fit the data
+    damaged = _copied(world / "recipes", case if case.file % 2 else replace(case, edits=()), scratch)
+    engine = scratch / "engine.json"
+    names = ("rich", "cpu_fp32", "cpu_bf16", "zero3_fp16")
+    shutil.copy(world / "engines" / f"{names[case.file // 2 % len(names)]}.json", engine)
+    if case.file % 2 == 0:
+        _edit(engine, case, [engine])
+    recipe = load_recipe(damaged)
+    if num_parameters(recipe.model) > 10**6 or recipe.data.max_seq_length > 64:
+        raise UserError("legal, but too large to be trained here")
+    code, text = train_forked(
+        "--recipe", damaged, "--deepspeed_config", engine, "--data", world / "ours",
+        "--run-dir", scratch / "run", "--max-steps", 5, "--time-limit", "60s",
+    )  # fmt: skip
+    assert "Traceback" not in text, text[-6000:]
+    assert code in (0, 2, 3), f"exit code {code}: {text[-3000:]}"
+    if code == 2:
+        assert "error: " in text, text
+        raise UserError(text[-3000:])
+    assert CheckpointManager(scratch / "run" / "checkpoints").latest_good()[0] is not None
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
@@ -355,5 +380,6 @@ TARGETS: dict[str, Callable[[Path, Path, Case], None]] = {
     "run": _run,
     "metrics": _metrics,
     "export": _export,
+    "train": _train,
 }
 assert set(SPLITS) == {"training", "validation"}

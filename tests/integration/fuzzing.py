@@ -63,7 +63,8 @@ WORDS = (
     "interleave", "append_last", "middle", "random", "identity", "tile", "split", "zero", "aki",
     "duplicate", "uneven", "fpi", "replicate", "interpolate", "fresh", "reset", "keep", "grow",
     "seed_v", "learned", "rotary", "sinusoidal", "pre", "post", "relu", "static", "dynamic", "fp16",
-    "bf16", "fp32", "bfloat16", "cpu", "Lamb", "Adam", "unmasked", "nvidia", "F16", "I64", "F8_E4M3",
+    "bf16", "fp32", "bfloat16", "cpu", "Lamb", "Adam", "unmasked", "nvidia", "F16", "I64",
+    "F8_E4M3",
 )  # fmt: skip
 BYTE_OPS = (
     "truncate", "flip", "overwrite", "append", "empty", "bom", "utf16", "latin1", "nul", "cut",

@@ -20,7 +20,8 @@ SHARES = {"recipe": 30, "engine": 15, "ours": 20, "nvidia": 12, "run": 18, "metr
 KEYS = (
     "stages.0.steps", "stages.1.deepspeed", "stages.9.steps", "learning_rate.peak", "seed", "name",
     "model.hidden_size", "data", "stages", "model.vocab_size", "stages.-1.steps", "x.y", "", "=",
-    "stages." + "9" * 5000 + ".steps", "stages.\u0663.steps", "a" * 300, ".", "stages.0.freeze.layers",
+    "stages." + "9" * 5000 + ".steps", "stages.\u0663.steps", "a" * 300, ".",
+    "stages.0.freeze.layers",
 )  # fmt: skip
 TAGS = ("../../x", "", ".", "..", "/", "\0", "step_00000002/", "\ud800", "x" * 300, "*", ".hidden")
 
@@ -43,6 +44,7 @@ def cases(target: str) -> st.SearchStrategy[Case]:
         "engine": _json_files,
         "ours": _any_file | st.lists(shard_edits, min_size=1, max_size=2),
         "nvidia": st.lists(byte_edits | place_edits | shard_edits, min_size=1, max_size=2),
+        "train": st.lists(tree_edits, min_size=1, max_size=2),
     }.get(target, _any_file)
     words: st.SearchStrategy[list[str]] = st.just([])
     if target == "recipe":

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.masking import BoolArray, IntArray, MaskingPolicy, mask_tokens
-from data_prep.shard_format import Manifest, ShardEntry, write_manifest
+from data_prep.shard_format import Manifest, ShardEntry, file_sha256, write_manifest
 from stacking.config import BertConfig, DataConfig, Recipe, Stage
 from stacking.dataset import (
     MaskedLMBatch,
@@ -172,8 +172,11 @@ def folder(path: Path, *, with_pairs: bool = True, static: bool = False) -> Path
             has_next_sentence_labels=with_pairs,
             seed=1,
             num_documents={},
-            training=(ShardEntry("training_00000.hdf5", len(rows), ""),),
-            validation=(ShardEntry("validation_00000.hdf5", len(rows), ""),),
+            **{
+                split: (ShardEntry(file.name, len(rows), file_sha256(file)),)
+                for split in ("training", "validation")
+                for file in path.glob(f"{split}_*.hdf5")
+            },
         ),
     )
     return path
