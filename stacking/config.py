@@ -85,7 +85,10 @@ class EvaluationConfig(Frozen):
         default=2048, gt=0, le=MOST_STEPS, description="At most this many validation sequences."
     )
     batch_size: int = Field(
-        default=64, gt=0, le=LARGEST_SIZE, description="Sequences per rank in one evaluation forward."
+        default=64,
+        gt=0,
+        le=LARGEST_SIZE,
+        description="Sequences per rank in one evaluation forward.",
     )
 
 
@@ -96,7 +99,10 @@ class CheckpointConfig(Frozen):
         default=1000, gt=0, le=MOST_STEPS, description="Optimizer steps between checkpoints."
     )
     keep_last: int = Field(
-        default=2, gt=0, le=MOST_STEPS, description="How many periodic checkpoints stay; stage ends always stay."
+        default=2,
+        gt=0,
+        le=MOST_STEPS,
+        description="How many periodic checkpoints stay; stage ends always stay.",
     )
 
 

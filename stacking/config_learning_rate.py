@@ -28,9 +28,7 @@ class LearningRateConfig(Frozen):
     schedule: Literal["linear", "cosine", "constant", "wsd", "piecewise"] = Field(
         default="linear", description="Shape after warm-up."
     )
-    peak: float = Field(
-        default=1e-4, gt=0, le=LARGEST_RATE, description="Highest learning rate."
-    )
+    peak: float = Field(default=1e-4, gt=0, le=LARGEST_RATE, description="Highest learning rate.")
     warmup_steps: _Step = Field(
         default=0, description="Optimizer steps of linear warm-up; the last one is at peak."
     )
@@ -39,7 +37,10 @@ class LearningRateConfig(Frozen):
     )
     end: float = Field(default=0.0, ge=0, description="Learning rate at total_steps.")
     total_steps: int | None = Field(
-        default=None, gt=0, le=MOST_STEPS, description="Step at which the decay ends; default: sum of all stages."
+        default=None,
+        gt=0,
+        le=MOST_STEPS,
+        description="Step at which the decay ends; default: sum of all stages.",
     )
     points: Annotated[tuple[_Corner, ...], FromList] = Field(
         default=(), description="piecewise only: (global_step, rate) corners, linear in between."

@@ -54,10 +54,16 @@ class BertConfig(Frozen):
         default=512, gt=0, le=LARGEST_SIZE, description="Longest sequence in tokens."
     )
     type_vocab_size: int = Field(
-        default=2, ge=0, le=LARGEST_SIZE, description="Number of segment kinds; 0: no segment embedding."
+        default=2,
+        ge=0,
+        le=LARGEST_SIZE,
+        description="Number of segment kinds; 0: no segment embedding.",
     )
     initializer_range: float = Field(
-        default=0.02, gt=0, le=LARGEST_RATE, description="Standard deviation of the normal initialisation."
+        default=0.02,
+        gt=0,
+        le=LARGEST_RATE,
+        description="Standard deviation of the normal initialisation.",
     )
     layer_norm_eps: float = Field(
         default=1e-12, gt=0, le=1, description="Epsilon inside LayerNorm."
@@ -107,7 +113,10 @@ class BertConfig(Frozen):
         "(CompoundGrow's embedding pooling).",
     )
     pooling_size: int = Field(
-        default=1, gt=0, le=LARGEST_SIZE, description="Neighbours that become one, with a pooling other than none."
+        default=1,
+        gt=0,
+        le=LARGEST_SIZE,
+        description="Neighbours that become one, with a pooling other than none.",
     )
 
     @model_validator(mode="after")

@@ -56,9 +56,7 @@ class Rewarm(Frozen):
 class Learned(Frozen):
     """LiGO: the map from old to new weights is learned (Wang et al. 2023)."""
 
-    steps: int = Field(
-        default=100, gt=0, le=MOST_STEPS, description="Optimizer steps on the map."
-    )
+    steps: int = Field(default=100, gt=0, le=MOST_STEPS, description="Optimizer steps on the map.")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="AdamW's rate for the map.")
     batch_size: int = Field(
         default=32,

@@ -1,4 +1,4 @@
-"""launch/pretrain.py in a fork of this process: DeepSpeed is imported once, and every run is fresh."""
+"""launch/pretrain.py in a fork of this process: DeepSpeed is imported once, every run is fresh."""
 
 import os
 import resource

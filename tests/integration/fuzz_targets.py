@@ -306,8 +306,12 @@ def _export(world: Path, scratch: Path, case: Case) -> None:
 
 def _train(world: Path, scratch: Path, case: Case) -> None:
     """A damaged recipe or engine JSON goes through launch/pretrain.py, for a few steps."""
-    case = replace(case, base=case.base % 3)  # those recipes that fit the data
-    damaged = _copied(world / "recipes", case if case.file % 2 else replace(case, edits=()), scratch)
+    recipes = sorted(path.name for path in (world / "recipes").iterdir())
+    name = ("learned.json", "rich.json", "small.json")[case.base % 3]  # those that fit the data
+    case = replace(case, base=recipes.index(name))
+    damaged = _copied(
+        world / "recipes", case if case.file % 2 else replace(case, edits=()), scratch
+    )
     engine = scratch / "engine.json"
     names = ("rich", "cpu_fp32", "cpu_bf16", "zero3_fp16")
     shutil.copy(world / "engines" / f"{names[case.file // 2 % len(names)]}.json", engine)

@@ -106,11 +106,11 @@ def make_world(world: Path) -> Path:
     """Write everything; the same bytes whenever."""
     for folder in ("recipes", "engines"):
         (world / folder).mkdir(parents=True)
-    for name, recipe in (("rich", _RICH), ("small", _SMALL), ("learned", _LEARNED)):
-        (world / "recipes" / f"{name}.json").write_text(json.dumps(recipe))
-    for name in ("demo", "mslt_tiny", "compoundgrow_tiny", "stackingbert_small"):
-        text = resolved_json(load_recipe(ROOT / "launch" / "recipes" / f"{name}.json"))
-        (world / "recipes" / f"shipped_{name}.json").write_text(text)
+    for name, text in (("rich", _RICH), ("small", _SMALL), ("learned", _LEARNED)):
+        (world / "recipes" / f"{name}.json").write_text(json.dumps(text))
+    for shipped in ("demo", "mslt_tiny", "compoundgrow_tiny", "stackingbert_small"):
+        resolved = resolved_json(load_recipe(ROOT / "launch" / "recipes" / f"{shipped}.json"))
+        (world / "recipes" / f"shipped_{shipped}.json").write_text(resolved)
     for path in sorted((ROOT / "deepspeed_configs").glob("*.json")):
         shutil.copy(path, world / "engines")
     (world / "engines" / "rich.json").write_text(json.dumps(_ENGINE))

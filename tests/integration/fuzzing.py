@@ -7,7 +7,7 @@ shrinks to the first place. Everything here can be pickled and reads well in a f
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,8 @@ HOSTILE: tuple[object, ...] = (
 _values = st.sampled_from(HOSTILE) | st.integers(-3, 70) | st.floats(width=32) | st.text(max_size=4)
 _where = st.integers(0, 2**20)
 tree_edits = st.builds(TreeEdit, st.sampled_from(TREE_OPS), _where, _values)
+mild_edits = st.builds(TreeEdit, st.sampled_from(("nudge", "choose", "delete")), _where)
+"""Most of them legal."""
 byte_edits = st.builds(ByteEdit, st.sampled_from(BYTE_OPS), _where, st.integers(1, 40))
 place_edits = st.builds(PlaceEdit, st.sampled_from(PLACE_OPS), _where)
 
@@ -217,7 +219,7 @@ def edit_bytes(content: bytes, edit: ByteEdit) -> bytes:
     end = min(len(content), at + edit.size)
     noise = bytes((edit.where * 31 + 7 * n) % 256 for n in range(edit.size))
     flipped = bytes([content[at] ^ (1 << edit.size % 8)]) if content else b""
-    return {
+    changes: dict[str, Callable[[], bytes]] = {
         "truncate": lambda: content[:at],
         "flip": lambda: content[:at] + flipped + content[at + 1 :],
         "overwrite": lambda: content[:at] + noise[: end - at] + content[end:],
@@ -232,7 +234,8 @@ def edit_bytes(content: bytes, edit: ByteEdit) -> bytes:
         "zero": lambda: content[:at] + b"\0" * (end - at) + content[end:],
         "ones": lambda: content[:at] + b"\xff" * (end - at) + content[end:],
         "brackets": lambda: b"[" * 10_000 + content,
-    }[edit.op]()
+    }
+    return changes[edit.op]()
 
 
 def _replace_place(path: Path, edit: PlaceEdit, others: Sequence[Path]) -> None:

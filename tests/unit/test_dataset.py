@@ -317,7 +317,9 @@ def test_folder_without_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     )
     with (
         loader,
-        pytest.raises(ShardError, match=r"training_0000\d.hdf5: dataset input_ids holds 4\d in row"),
+        pytest.raises(
+            ShardError, match=r"training_0000\d.hdf5: dataset input_ids holds 4\d in row"
+        ),
     ):
         next(loader)
 
@@ -334,9 +336,14 @@ def test_whole_words_are_taken_from_the_vocabulary(tmp_path: Path) -> None:
                 i for i in range(2, LENGTH) if row[i] > 4 and row[i] % 4 == 3 and row[i - 1] > 4
             ]
             assert all((i in chosen) == (i - 1 in chosen) for i in words)
-    (path / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ShardError, match=r"vocab\.txt: whole-word masking needs"):
-        _loader(path, data)
+    for text, message in (
+        ("\n".join(["##"] + ["a"] * (VOCAB - 1)), r"vocab\.txt: is not the manifest's"),
+        ("\n".join(["a"] * VOCAB), r"vocab\.txt: whole-word masking needs"),
+        ("a\nb", r"does not fit vocab\.txt: the vocabulary has 60 pieces, not 2"),
+    ):
+        (path / "vocab.txt").write_text(text + "\n")
+        with pytest.raises(ShardError, match=message):
+            _loader(path, data)
 
 
 def test_incompatibilities_are_reported_together(tmp_path: Path) -> None:

@@ -188,3 +188,13 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         "zero_optimization.stage",
         "optimizer.type",
     }
+
+
+@pytest.mark.parametrize("name", ["torch.nn.Lineer", "antigravity", "os.system", ""])
+def test_autocast_modules_that_deepspeed_would_import_blindly_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    path = "torch_autocast.lower_precision_safe_modules"
+    load_deepspeed_config(write(tmp_path, nested(path, ["torch.nn.Linear"])))
+    with pytest.raises(ConfigError, match=rf"{path}\.0: got '{name}'; allowed: one of \"?'torch"):
+        load_deepspeed_config(write(tmp_path, nested(path, [name])))

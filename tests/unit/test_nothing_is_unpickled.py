@@ -1,5 +1,5 @@
-"""No file is ever unpickled, run or parsed by a reader that builds objects; HDF5 and safetensors hold
-numbers alone.
+"""No file is ever unpickled, run or parsed by a reader that builds objects; HDF5 and safetensors
+hold numbers alone.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Small files are read whole if they are files: no pipe is waited for, no device read to its end."""
+"""Small files are read whole if they are files: no pipe is waited for, no device read on and on."""
 
 import os
 from pathlib import Path

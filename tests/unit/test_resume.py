@@ -1,6 +1,8 @@
 """A checkpoint of another recipe, or one whose hashes were made anew, does not get into a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -23,7 +25,11 @@ RECIPE = Recipe(
 )
 
 
-def saved(path: Path, weights: dict[str, torch.Tensor] | None = None, **changes: object) -> str:
+def saved(
+    path: Path,
+    changes: Mapping[str, object] = MappingProxyType({}),
+    weights: dict[str, torch.Tensor] | None = None,
+) -> str:
     given = {
         "global_step": 2, "stage": 0, "num_hidden_layers": 1, "loader": {"samples_consumed": 8},
         "recipe_sha256": "x", **changes,
@@ -60,7 +66,7 @@ def test_what_was_saved_by_this_recipe_is_taken(tmp_path: Path) -> None:
 def test_a_state_to_which_the_recipe_never_comes_is_refused(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    checkpoint = CheckpointManager(tmp_path).load(saved(tmp_path, **changes))
+    checkpoint = CheckpointManager(tmp_path).load(saved(tmp_path, changes))
     with pytest.raises(CheckpointError, match=message):
         state_for(checkpoint, RECIPE)
 
@@ -72,10 +78,10 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
         ({name: weights[name].T.contiguous()}, f"{name} is .*, not "),
         ({"stranger": torch.zeros(1)}, "stranger is nothing of the model's"),
     ):
-        saved(tmp_path, {**weights, **change})
+        saved(tmp_path, weights={**weights, **change})
         with pytest.raises(CheckpointError, match=message):
             snapshot_for(CheckpointManager(tmp_path).load("tag"), RECIPE)
     del weights[name]
-    saved(tmp_path, weights)
+    saved(tmp_path, weights=weights)
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         snapshot_for(CheckpointManager(tmp_path).load("tag"), RECIPE)

@@ -172,14 +172,16 @@ def folder(path: Path, *, with_pairs: bool = True, static: bool = False) -> Path
             has_next_sentence_labels=with_pairs,
             seed=1,
             num_documents={},
-            **{
-                split: (ShardEntry(file.name, len(rows), file_sha256(file)),)
-                for split in ("training", "validation")
-                for file in path.glob(f"{split}_*.hdf5")
-            },
+            training=_entries(path, "training", len(rows)),
+            validation=_entries(path, "validation", len(rows)),
         ),
     )
     return path
+
+
+def _entries(path: Path, split: str, rows: int) -> tuple[ShardEntry, ...]:
+    file = path / f"{split}_00000.hdf5"
+    return (ShardEntry(file.name, rows, file_sha256(file)),)
 
 
 def loader(
