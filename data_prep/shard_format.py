@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import ShardError
+from data_prep.plain_files import read_plain, require_plain
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -121,8 +122,10 @@ class ShardInfo:
 def inspect_shard(path: Path) -> ShardInfo:
     """Measure one HDF5 shard of either dialect; a ShardError names file, dataset and shape."""
     try:
+        require_plain(path)
         with h5py.File(path, "r") as file:
             names = sorted(file.keys())
+            _check_links(path, file, names)
             found = {name: file[name] for name in NVIDIA_DATASETS if name in names}
             _check_datasets(path, found, names)
             shape = found["input_ids"].shape
@@ -173,7 +176,7 @@ def read_manifest(data_dir: Path) -> Manifest | None:
     """Read DIR/manifest.json; None where there is none."""
     path = data_dir / MANIFEST
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        content: object = json.loads(read_plain(path).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -234,21 +237,24 @@ def load_token_counts(data_dir: Path) -> npt.NDArray[np.int64] | None:
     if not path.exists():
         return None
     try:
-        counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        require_plain(path)
+        # Mapped: a header that says more than the file has allocates nothing.
+        counts = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise ShardError(f"{path}: not a readable numpy array: {error}") from error
-    if counts.ndim != 1 or counts.dtype.kind not in "iu":
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 0).any():
         raise ShardError(
-            f"{path}: got {counts.dtype} {list(counts.shape)}; expected int64 [vocab_size]"
+            f"{path}: got {counts.dtype} {list(counts.shape)}; expected int64 [vocab_size], "
+            "nowhere negative"
         )
-    return np.asarray(counts, np.int64)
+    return np.array(counts, np.int64)
 
 
 def load_vocabulary(data_dir: Path) -> list[str]:
     """Return the word pieces of DIR/vocab.txt in id order."""
     path = data_dir / VOCABULARY
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return read_plain(path).decode("utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ShardError(f"{path}: not a readable vocabulary: {error}") from error
 
@@ -273,13 +279,14 @@ def _manifest_from(content: object, path: Path) -> Manifest:
             for split in ("training", "validation")
         }
         manifest = Manifest(**{**content, **entries})
-        is_complete = all(
-            isinstance(manifest.special_token_ids[name], int) for name in SPECIAL_NAMES
-        )
+        special = manifest.special_token_ids
+        is_complete = sorted(special) == sorted(SPECIAL_NAMES)
+        is_complete &= all(type(number) is int for number in special.values())
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ShardError(f"{path}: a field has not the right form: {error}") from error
     numbers = (manifest.vocab_size, manifest.max_seq_length, manifest.max_predictions_per_seq)
-    is_complete &= all(isinstance(number, int) and number >= 0 for number in numbers)
+    is_complete &= all(type(number) is int and number >= 0 for number in numbers)
+    is_complete &= isinstance(manifest.has_next_sentence_labels, bool)
     is_complete &= isinstance(manifest.tokenizer_sha256, str)
     is_complete &= isinstance(manifest.settings, dict) and isinstance(manifest.statistics, dict)
     is_complete &= all(_is_entry(one) for one in manifest.training + manifest.validation)
@@ -295,9 +302,16 @@ def _is_entry(entry: ShardEntry) -> bool:
     return (
         isinstance(entry.file, str)
         and entry.file == Path(entry.file).name
-        and isinstance(entry.rows, int)
+        and type(entry.rows) is int
         and isinstance(entry.sha256, str)
     )
+
+
+def _check_links(path: Path, file: h5py.File, names: list[str]) -> None:
+    """Refuse what lies in another file, wherever that may be."""
+    for name in NVIDIA_DATASETS:
+        if name in names and not isinstance(file.get(name, getlink=True), h5py.HardLink):
+            raise ShardError(f"{path}: {name} is a link; a shard holds its rows itself")
 
 
 def _check_datasets(path: Path, found: Mapping[str, h5py.Dataset], names: list[str]) -> None:
@@ -317,6 +331,8 @@ def _check_datasets(path: Path, found: Mapping[str, h5py.Dataset], names: list[s
     shape = found["input_ids"].shape
     for name, dataset in found.items():
         got = f"{path}: dataset {name} is {dataset.dtype} {list(dataset.shape)}"
+        if dataset.external or dataset.is_virtual:
+            raise ShardError(f"{got} in other files; a shard holds its rows itself")
         if h5py.check_vlen_dtype(dataset.dtype) is not None:
             raise ShardError(
                 f"{got} of variable length (MLPerf's dialect); make fixed rows of it with "

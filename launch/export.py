@@ -15,6 +15,7 @@ from stacking.config_loading import load_recipe
 from stacking.errors import CheckpointError, UserError
 from stacking.hf import ExportReport, save_pretrained
 from stacking.modeling import BertForPreTraining
+from stacking.resume import state_for
 
 
 def main() -> int:
@@ -68,7 +69,8 @@ def find_checkpoint(run_dir: Path, tag: str | None) -> Checkpoint:
 
 def export(run_dir: Path, checkpoint: Checkpoint, out: Path) -> ExportReport:
     """Build the model of the checkpoint's stage, fill it and write it."""
-    config = load_recipe(run_dir / "recipe.json").stage_model(checkpoint.state.stage)
+    recipe = load_recipe(run_dir / "recipe.json")
+    config = recipe.stage_model(state_for(checkpoint, recipe).stage)
     model = build_model(config, checkpoint)
     tokenizer = run_dir / "tokenizer"
     return save_pretrained(model, config, out, tokenizer if tokenizer.is_dir() else None)
@@ -80,18 +82,15 @@ def build_model(config: BertConfig, checkpoint: Checkpoint) -> BertForPreTrainin
     try:
         model.load_state_dict(checkpoint.weights())
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: not of this recipe's model: {error}"
-        ) from error
+        raise CheckpointError(f"{checkpoint.folder}: not this recipe's model: {error}") from error
     return model
 
 
 def as_text(report: ExportReport, checkpoint: Checkpoint) -> str:
     """What people read."""
     head = f"{report.folder}: {report.architecture} of step {checkpoint.state.global_step:,}"
-    proof = (
-        f"transformers gives the same logits (largest difference {report.max_logit_difference:.1e})"
-    )
+    proof = "transformers gives the same logits (largest difference "
+    proof += f"{report.max_logit_difference:.1e})"
     return "\n".join([head, proof, *(f"note: {note}" for note in report.notes)])
 
 

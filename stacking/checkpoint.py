@@ -9,6 +9,7 @@ missing if there is none.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,22 +19,25 @@ from pathlib import Path
 from typing import Self
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
+from data_prep.plain_files import read_plain
 from stacking.config_model import MOST_LAYERS
 from stacking.errors import CheckpointError
 from stacking.snapshot import LossScaler, Snapshot
 
 MARKER = "COMMITTED"
 WEIGHTS, MOMENTS_FILE, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TrainState(BaseModel):
     """All that decides the next batch and update, besides the Snapshot."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
     global_step: int = Field(ge=0, description="Optimizer steps done in the whole run.")
     stage: int = Field(ge=0, description="0-based growth stage of the weights.")
@@ -49,7 +53,7 @@ class TrainState(BaseModel):
 class Cohort(BaseModel):
     """Parameters of one age, as state.json lists them; who is in none is old and has no history."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
     optimizer_steps: int = Field(ge=0, description="Adam's count: since their moments were fresh.")
     is_new: bool = Field(description="Whether they came with the current stage.")
@@ -61,15 +65,17 @@ class Cohort(BaseModel):
 class StateFile(BaseModel):
     """state.json: what is not a tensor."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
 
     train: TrainState
     loss_scaler: LossScaler | None = Field(description="fp16: the scale and its counters.")
     cohorts: tuple[Cohort, ...]
 
     @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def _check_parts(self) -> Self:
         self.ages()
+        if self.loss_scaler and not 0 < self.loss_scaler.scale < math.inf:
+            raise ValueError(f"loss_scaler: got scale {self.loss_scaler.scale}")
         return self
 
     def ages(self) -> dict[str, tuple[int, bool]]:
@@ -91,16 +97,16 @@ class Checkpoint:
         self.folder = folder
         self.tag = folder.name
         try:
-            marker = json.loads((folder / MARKER).read_text())
-            self._files: dict[str, dict[str, object]] = marker["files"]
-            self._small = StateFile.model_validate_json((folder / STATE).read_text())
+            self._files = _marked_files(json.loads(read_plain(folder / MARKER)))
+            self._small = StateFile.model_validate_json(read_plain(folder / STATE))
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
             raise CheckpointError(
                 f"{folder}: not a committed checkpoint of this format: {STATE}: {'; '.join(faults)}"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{folder}: not a committed checkpoint ({error})") from error
+        self._verify(STATE)
         self.state = self._small.train
 
     def verify(self) -> None:
@@ -142,9 +148,15 @@ class Checkpoint:
     def _load(self, name: str) -> dict[str, Tensor]:
         self._verify(name)
         try:
-            return safetensors.torch.load_file(self.folder / name)
+            tensors = safetensors.torch.load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.folder / name}: cannot be read ({error})") from error
+        for key, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise CheckpointError(
+                    f"{self.folder / name}: {key} is {tensor.dtype}; checkpoints are fp32"
+                )
+        return tensors
 
 
 class CheckpointManager:
@@ -189,7 +201,7 @@ class CheckpointManager:
 
     def load(self, tag: str) -> Checkpoint:
         """The named tag, verified."""
-        if Path(tag).name != tag or not (self.folder / tag / MARKER).is_file():
+        if tag not in (marker.parent.name for marker in self.folder.glob(f"[!.]*/{MARKER}")):
             known = ", ".join(c.tag for c in self.committed()) or "none"
             raise CheckpointError(
                 f"no committed checkpoint {tag!r} in {self.folder}; there: {known}"
@@ -270,6 +282,15 @@ class CheckpointManager:
             gone = self.folder / f".{checkpoint.tag}.{os.getpid()}.tmp"
             checkpoint.folder.rename(gone)
             shutil.rmtree(gone)
+
+
+def _marked_files(marker: object) -> dict[str, dict[str, object]]:
+    """Name -> size and sha256 of a COMMITTED's content; ValueError if it is none."""
+    files = marker.get("files") if isinstance(marker, dict) else None
+    names = set(files) if isinstance(files, dict) else set()
+    if not isinstance(files, dict) or names | {MOMENTS_FILE} != {WEIGHTS, MOMENTS_FILE, STATE}:
+        raise ValueError(f"{MARKER} lists other files than a checkpoint's")
+    return files
 
 
 def _state_file(snapshot: Snapshot, state: TrainState) -> StateFile:

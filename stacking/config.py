@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stacking.config_base import FromList, Frozen, raise_together
+from stacking.config_base import LARGEST_RATE, MOST_STEPS, FromList, Frozen, raise_together
 from stacking.config_learning_rate import LearningRateConfig, schedule_faults
 from stacking.config_model import LARGEST_SIZE, BertConfig, next_sentence_faults, shape_faults
 from stacking.config_stage import DATA_FIELDS, MODEL_FIELDS, Freeze, Learned, Rewarm, Stage
@@ -60,13 +60,15 @@ class OptimizerConfig(Frozen):
     betas: Annotated[tuple[_Share, _Share], FromList] = Field(
         default=(0.9, 0.999), description="Adam's decay rates."
     )
-    eps: float = Field(default=1e-6, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay.")
+    eps: float = Field(default=1e-6, gt=0, le=1, description="Adam's epsilon.")
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=LARGEST_RATE, description="Decoupled weight decay."
+    )
     decay_all: bool = Field(
         default=False, description="Whether biases and LayerNorms decay too (StackingBERT: true)."
     )
     max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Global gradient-norm clip; 0: none."
+        default=1.0, ge=0, le=1e30, description="Global gradient-norm clip; 0: none."
     )
     muon_momentum: float = Field(
         default=0.95,
@@ -83,22 +85,31 @@ class EvaluationConfig(Frozen):
     every_steps: int = Field(
         default=1000,
         gt=0,
+        le=MOST_STEPS,
         description="Optimizer steps between evaluations; each stage's end is evaluated too.",
     )
     max_sequences: int = Field(
-        default=2048, gt=0, description="At most this many validation sequences."
+        default=2048, gt=0, le=MOST_STEPS, description="At most this many validation sequences."
     )
     batch_size: int = Field(
-        default=64, gt=0, description="Sequences per rank in one evaluation forward."
+        default=64,
+        gt=0,
+        le=LARGEST_SIZE,
+        description="Sequences per rank in one evaluation forward.",
     )
 
 
 class CheckpointConfig(Frozen):
     """When to save; both sides of every switch are saved besides."""
 
-    every_steps: int = Field(default=1000, gt=0, description="Optimizer steps between checkpoints.")
+    every_steps: int = Field(
+        default=1000, gt=0, le=MOST_STEPS, description="Optimizer steps between checkpoints."
+    )
     keep_last: int = Field(
-        default=2, gt=0, description="How many periodic checkpoints stay; stage ends always stay."
+        default=2,
+        gt=0,
+        le=MOST_STEPS,
+        description="How many periodic checkpoints stay; stage ends always stay.",
     )
 
 

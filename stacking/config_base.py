@@ -8,6 +8,10 @@ from pydantic_core import PydanticCustomError
 # Error type of faults between fields; config_loading reports these from its own second pass.
 BETWEEN_FIELDS = "between_fields"
 
+# Sanity bounds: beyond them a number is a typing error, or arithmetic with it overflows.
+MOST_STEPS = 2**40  # optimizer steps
+LARGEST_RATE = 100.0  # learning rate, weight decay, standard deviation
+
 # JSON has no tuples: a list is taken where a tuple is declared, also from Python.
 FromList = Strict(False)
 

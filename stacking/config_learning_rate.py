@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stacking.config_base import FromList, Frozen
+from stacking.config_base import LARGEST_RATE, MOST_STEPS, FromList, Frozen
 
-_Corner = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]], FromList]
+_Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+_Rate = Annotated[float, Field(ge=0, le=LARGEST_RATE)]
+_Corner = Annotated[tuple[_Step, _Rate], FromList]
 
 # Fields of LearningRateConfig that only some schedules read.
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -32,16 +34,19 @@ class LearningRateConfig(Frozen):
         default="run",
         description="Whether warm-up and decay span the run, or each stage has its own.",
     )
-    peak: float = Field(default=1e-4, gt=0, description="Highest learning rate.")
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Optimizer steps of linear warm-up; the last one is at peak."
+    peak: float = Field(default=1e-4, gt=0, le=LARGEST_RATE, description="Highest learning rate.")
+    warmup_steps: _Step = Field(
+        default=0, description="Optimizer steps of linear warm-up; the last one is at peak."
     )
-    decay_steps: int = Field(
-        default=0, ge=0, description="wsd only: optimizer steps of the final linear decay."
+    decay_steps: _Step = Field(
+        default=0, description="wsd only: optimizer steps of the final linear decay."
     )
     end: float = Field(default=0.0, ge=0, description="Learning rate at total_steps.")
     total_steps: int | None = Field(
-        default=None, gt=0, description="Step at which the decay ends; default: sum of all stages."
+        default=None,
+        gt=0,
+        le=MOST_STEPS,
+        description="Step at which the decay ends; default: sum of all stages.",
     )
     points: Annotated[tuple[_Corner, ...], FromList] = Field(
         default=(), description="piecewise only: (global_step, rate) corners, linear in between."

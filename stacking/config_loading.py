@@ -1,12 +1,14 @@
 """Recipe files in, a checked Recipe out; and back. All faults at once, in one ConfigError."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from data_prep.plain_files import read_plain
 from stacking.config import (
     BertConfig,
     DataConfig,
@@ -61,10 +63,10 @@ def recipe_schema_text() -> str:
 def read_json_object(path: Path) -> JsonObject:
     """One JSON object from a file; duplicate keys, NaN and infinities are refused."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_plain(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(_missing_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); give a file") from None
     try:
         value = parse_json(text)
@@ -92,7 +94,13 @@ def parse_json(text: str) -> object:
     def refuse(constant: str) -> float:
         raise ValueError(f"got {constant}, which is not a JSON number")
 
-    value: object = json.loads(text, object_pairs_hook=build, parse_constant=refuse)
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(f"{digits[:20]}, too large a number")
+
+    value: object = json.loads(
+        text, object_pairs_hook=build, parse_constant=refuse, parse_float=number
+    )
     if duplicates:
         names = ", ".join(map(repr, duplicates))
         raise ValueError(f"the same key is given twice in one object: {names}; keep one of each")
@@ -157,7 +165,7 @@ def _override(document: JsonObject, text: str) -> str | None:
                 node[part] = value
             node = node.setdefault(part, {})
         elif isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
+            if part not in map(str, range(len(node))):
                 allowed = f"an index from 0 to {len(node) - 1}" if node else "no index: it is empty"
                 return f"--set {text}: {where}: got {show(part)}; allowed: {allowed}"
             if is_last:
@@ -200,8 +208,9 @@ def _part(model: type[_Part], value: object) -> _Part | None:
     except ValidationError as error:
         if not isinstance(value, dict):
             return None
-        for item in error.errors():
-            is_unknown_key = item["type"] == "extra_forbidden" and len(item["loc"]) == 1
-            if not is_unknown_key and item["type"] != BETWEEN_FIELDS:
-                return None
-        return model.model_construct(**{k: v for k, v in value.items() if k in model.model_fields})
+        known = {key: item for key, item in value.items() if key in model.model_fields}
+        if len(known) < len(value):
+            return _part(model, known)
+        if any(item["type"] != BETWEEN_FIELDS for item in error.errors()):
+            return None
+        return model.model_construct(**known)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stacking.config_base import FromList, Frozen, raise_together
+from stacking.config_base import LARGEST_RATE, FromList, Frozen, raise_together
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -12,6 +12,7 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 LARGEST_SIZE = 2**24  # word pieces, positions, inner width, sequences in a batch
 LARGEST_WIDTH = 2**17
 MOST_LAYERS = 4096
+MOST_PARAMETERS = 2**40
 
 Sizes = Annotated[tuple[Annotated[int, Field(gt=0, le=LARGEST_SIZE)], ...], FromList]
 Layers = Annotated[tuple[Annotated[int, Field(ge=0, lt=MOST_LAYERS)], ...], FromList]
@@ -53,12 +54,20 @@ class BertConfig(Frozen):
         default=512, gt=0, le=LARGEST_SIZE, description="Longest sequence in tokens."
     )
     type_vocab_size: int = Field(
-        default=2, ge=0, description="Number of segment kinds; 0: no segment embedding."
+        default=2,
+        ge=0,
+        le=LARGEST_SIZE,
+        description="Number of segment kinds; 0: no segment embedding.",
     )
     initializer_range: float = Field(
-        default=0.02, gt=0, description="Standard deviation of the normal initialisation."
+        default=0.02,
+        gt=0,
+        le=LARGEST_RATE,
+        description="Standard deviation of the normal initialisation.",
     )
-    layer_norm_eps: float = Field(default=1e-12, gt=0, description="Epsilon inside LayerNorm.")
+    layer_norm_eps: float = Field(
+        default=1e-12, gt=0, le=1, description="Epsilon inside LayerNorm."
+    )
     pad_token_id: int = Field(default=0, ge=0, description="Id of [PAD].")
     position: Literal["learned", "sinusoidal", "rotary"] = Field(
         default="learned", description="Kind of position information."
@@ -104,7 +113,10 @@ class BertConfig(Frozen):
         "(CompoundGrow's embedding pooling).",
     )
     pooling_size: int = Field(
-        default=1, gt=0, description="Neighbours that become one, with a pooling other than none."
+        default=1,
+        gt=0,
+        le=LARGEST_SIZE,
+        description="Neighbours that become one, with a pooling other than none.",
     )
 
     @model_validator(mode="after")
@@ -138,7 +150,24 @@ def shape_faults(model: BertConfig) -> list[str]:
             f"pad_token_id: got {model.pad_token_id} with vocab_size {model.vocab_size}; "
             f"allowed: 0 to {model.vocab_size - 1}"
         )
+    if (count := _least_parameters(model)) > MOST_PARAMETERS:
+        faults.append(
+            f"hidden_size: got {size} with {model.num_hidden_layers} layers, vocab_size "
+            f"{model.vocab_size} and intermediate_size {model.intermediate_size}, {count:,} "
+            f"parameters; allowed: at most {MOST_PARAMETERS:,}"
+        )
     return faults + _form_faults(model)
+
+
+def _least_parameters(model: BertConfig) -> int:
+    """Numbers in the matrices, from below; stacking/cost.py counts all."""
+    size = model.hidden_size
+    tables = model.vocab_size + model.type_vocab_size + model.max_position_embeddings
+    inner = sum(model.layer_intermediate_sizes) or (
+        model.num_hidden_layers * model.intermediate_size
+    )
+    windows = model.pooling_size if model.pooling == "concat" else 0
+    return size * (tables + 2 * inner + (2 * model.num_hidden_layers + windows) * size)
 
 
 def _form_faults(model: BertConfig) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stacking.config_base import Frozen
+from stacking.config_base import MOST_STEPS, Frozen
 from stacking.config_model import LARGEST_SIZE, LARGEST_WIDTH, MOST_LAYERS, Layers, Sizes
 
 MODEL_FIELDS = (
@@ -39,7 +39,9 @@ class Rewarm(Frozen):
     parameters: Literal["all", "new"] = Field(
         default="all", description="All parameters, or those that did not exist before."
     )
-    steps: int = Field(default=0, ge=0, description="Optimizer steps from `start` to `factor`.")
+    steps: int = Field(
+        default=0, ge=0, le=MOST_STEPS, description="Optimizer steps from `start` to `factor`."
+    )
     start: float = Field(
         default=0.0,
         ge=0,
@@ -54,7 +56,7 @@ class Rewarm(Frozen):
 class Learned(Frozen):
     """LiGO: the map from old to new weights is learned (Wang et al. 2023)."""
 
-    steps: int = Field(default=100, gt=0, description="Optimizer steps on the map.")
+    steps: int = Field(default=100, gt=0, le=MOST_STEPS, description="Optimizer steps on the map.")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="AdamW's rate for the map.")
     batch_size: int = Field(
         default=32,
@@ -71,7 +73,7 @@ class Stage(Frozen):
     num_hidden_layers: int = Field(
         gt=0, le=MOST_LAYERS, description="Encoder layers in this stage."
     )
-    steps: int = Field(gt=0, description="Optimizer steps of this stage.")
+    steps: int = Field(gt=0, le=MOST_STEPS, description="Optimizer steps of this stage.")
     hidden_size: int | None = Field(
         default=None, gt=0, le=LARGEST_WIDTH, description="Width H in this stage."
     )

@@ -22,7 +22,7 @@ from data_prep.masking import (
     restore_originals,
     static_mask_is_real,
 )
-from data_prep.shard_format import VOCABULARY, load_token_counts, load_vocabulary
+from data_prep.shard_format import VOCABULARY, file_sha256, load_token_counts, load_vocabulary
 from stacking.batch import MaskedLMBatch
 from stacking.config import DataConfig
 from stacking.errors import ConfigError, ShardError
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 PREFETCHED_STEPS = 2
+_MOST_IDS = 2**31  # where neither manifest nor model say how many there are
 # The producer looks this often whether it was told to stop.
 _POLL_SECONDS = 0.1
 
@@ -217,16 +218,23 @@ class _BatchMaker:
         self._policy = _policy(shards, data) if data.masking == "dynamic" else None
         manifest = shards.manifest
         self._pad_id = manifest.special_token_ids["pad"] if manifest else 0
-        self._id_limit = manifest.vocab_size if manifest else model_vocab_size
+        num_ids = manifest.vocab_size if manifest else model_vocab_size
+        self._limits = {
+            "input_ids": num_ids or _MOST_IDS,
+            "masked_lm_ids": num_ids or _MOST_IDS,
+            "masked_lm_positions": shards.max_seq_length,
+            "segment_ids": 2,
+            "next_sentence_labels": 2,
+            "input_mask": 2,
+        }
 
     def make(self, rows: IntArray, epochs: IntArray, num_filler: int = 0) -> MaskedLMBatch:
         """Return the batch of rows [B] and, behind them, `num_filler` empty ones."""
         rows = np.concatenate([rows, np.zeros(num_filler, np.int64)])
         epochs = np.concatenate([epochs, np.zeros(num_filler, np.int64)])
         fields = self._reader.read(rows)
-        self._check_ids("input_ids", fields["input_ids"], rows)
-        if "masked_lm_ids" in fields:
-            self._check_ids("masked_lm_ids", fields["masked_lm_ids"], rows)
+        for name, values in fields.items():
+            self._check_values(name, values, rows)
         mask = fields.get("input_mask")
         attention = fields["input_ids"] != self._pad_id if mask is None else mask != 0
         if self._policy is not None:
@@ -287,17 +295,20 @@ class _BatchMaker:
             ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=IGNORED)
         return input_ids, positions, ids
 
-    def _check_ids(self, name: str, ids: IntArray, rows: IntArray) -> None:
-        """Catch here what would be a device-side assertion in the embedding."""
-        limit = self._id_limit
-        if limit is None or not ids.size or (int(ids.max()) < limit and int(ids.min()) >= 0):
+    def _check_values(self, name: str, values: IntArray, rows: IntArray) -> None:
+        """Catch here what would be a device-side assertion in an embedding or a loss."""
+        limit = self._limits[name]
+        if not values.size or (int(values.max()) < limit and int(values.min()) >= 0):
             return
-        row, column = np.argwhere((ids >= limit) | (ids < 0))[0]
-        path, local = self._reader.place(int(rows[row]))
-        raise ShardError(
-            f"{path}: dataset {name} holds id {int(ids[row, column])} in row {local}; "
-            f"the vocabulary has {limit} pieces; these shards were made with another vocabulary"
-        )
+        first = tuple(np.argwhere((values >= limit) | (values < 0))[0].tolist())
+        path, local = self._reader.place(int(rows[first[0]]))
+        found = f"{path}: dataset {name} holds {int(values[first])} in row {local}; "
+        if name in ("input_ids", "masked_lm_ids"):
+            raise ShardError(
+                f"{found}the vocabulary has {limit} pieces; these shards were made with another "
+                "vocabulary"
+            )
+        raise ShardError(f"{found}allowed: 0 to {limit - 1}; the file is damaged")
 
 
 class _Prefetcher:
@@ -357,6 +368,11 @@ def _policy(shards: ShardSet, data: DataConfig) -> MaskingPolicy:
                 "vocabulary of the manifest "
                 f"({manifest.vocab_size} pieces with ##); this one has {len(vocabulary)}; set "
                 "data.whole_word to false"
+            )
+        if file_sha256(shards.data_dir / VOCABULARY) != manifest.tokenizer_sha256:
+            raise ShardError(
+                f"{shards.data_dir / VOCABULARY}: is not the manifest's, by its sha256; whole-word "
+                "masking needs it unchanged; copy it again, or prepare the data again"
             )
         continues = np.array([token.startswith("##") for token in vocabulary])
     return MaskingPolicy(

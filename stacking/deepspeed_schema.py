@@ -101,6 +101,15 @@ def _whole(value: object) -> object:
 
 _Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 _Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+# DeepSpeed imports whatever is named here, and stops at what it does not find.
+_Module = Literal[
+    "torch.nn.Linear",
+    "torch.nn.Embedding",
+    "torch.nn.LayerNorm",
+    "stacking.layers.ZeroLinear",
+    "stacking.layers.ZeroEmbedding",
+    "stacking.attention.FusedProjection",
+]
 _Dtype = Literal["fp32", "fp16", "bf16"]
 
 
@@ -130,7 +139,7 @@ class TorchAutocast(Frozen):
 
     enabled: bool = False
     dtype: Literal["bfloat16"] = "bfloat16"
-    lower_precision_safe_modules: list[str] = Field(
+    lower_precision_safe_modules: list[_Module] = Field(
         default_factory=list, description="Full class names; DeepSpeed's own list if absent."
     )
 

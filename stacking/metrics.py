@@ -85,7 +85,7 @@ def _row(line: bytes) -> dict[str, object] | None:
     """A line of the file; None where it is damaged, as a full disk or an editor can leave it."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and "event" in row else None
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.plain_files import require_plain
 from stacking.errors import UserError
 
 Row = Mapping[str, object]
+
+_LARGEST_NUMBER = 2**63
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def read_metrics(path: Path) -> RunMetrics:
     rows = _read_rows(path)
     try:
         return _run_metrics(path, rows)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: a row is not as this version writes it ({type(error).__name__}: {error}); "
             "was it written by another version, or edited?"
@@ -143,7 +146,7 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
     start = next((row for row in rows if row["event"] == "run_start"), None)
     if start is None:
         raise UserError(f"{path}: holds no run_start row; the run stopped before its first step")
-    return RunMetrics(
+    run = RunMetrics(
         start=_start(start),
         train=tuple(_train(row) for row in _of_kind(kept, "train")),
         evaluations=tuple(_evaluation(row) for row in _of_kind(kept, "evaluation")),
@@ -152,10 +155,16 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
         num_resumes=sum(row["event"] == "resume" for row in rows),
         is_finished=any(row["event"] == "run_end" for row in kept),
     )
+    for rows_of_kind in (run.train, run.evaluations, run.symmetry):
+        stages = [row.stage for row in rows_of_kind]
+        if stages != sorted(stages) or max(stages, default=0) >= len(run.start.stages):
+            raise ValueError(f"the stages of its rows are {str(stages)[:60]}, in order of steps")
+    return run
 
 
 def _read_rows(path: Path) -> list[Row]:
     try:
+        require_plain(path)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
@@ -169,7 +178,7 @@ def _read_rows(path: Path) -> list[Row]:
 def _row(path: Path, number: int, line: bytes) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}, line {number}: is no JSON ({error}); the file is damaged there"
         ) from error
@@ -276,8 +285,8 @@ def _floats(row: Row, key: str) -> dict[str, float]:
 
 def _integer(row: Row, key: str, default: int | None = None) -> int:
     value = row[key] if default is None else row.get(key, default)
-    if not isinstance(value, int):
-        raise TypeError(f"{key} is {value!r}, no whole number")
+    if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
+        raise TypeError(f"{key} is {str(value)[:40]}, no whole number from 0 to 2^63")
     return value
 
 
@@ -286,6 +295,6 @@ def _float(row: Row, key: str) -> float:
     value = row.get(key)
     if value is None:
         return math.nan
-    if not isinstance(value, int | float):
-        raise TypeError(f"{key} is {value!r}, no number")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{key} is {str(value)[:40]}, no number")
     return float(value)

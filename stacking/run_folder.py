@@ -4,9 +4,9 @@ import difflib
 import fcntl
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
+from data_prep.plain_files import read_plain
 from stacking.config import Recipe
 from stacking.config_loading import resolved_json
 from stacking.errors import CheckpointError, ConfigError
@@ -63,8 +63,8 @@ class RunFolder:
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
         try:
-            old = Recipe.model_validate_json(self.recipe.read_text())
-        except ValueError as error:
+            old = Recipe.model_validate_json(read_plain(self.recipe))
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{self.recipe}: is not a recipe of this version: {error}") from error
         if recipe_sha256(old) == recipe_sha256(recipe):
             return
@@ -93,7 +93,7 @@ class RunFolder:
             self.tokenizer.mkdir(exist_ok=True)
             for name in TOKENIZER_FILES:
                 if (data_dir / name).exists():
-                    shutil.copy(data_dir / name, self.tokenizer / name)
+                    (self.tokenizer / name).write_bytes(read_plain(data_dir / name))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -106,7 +106,7 @@ class RunFolder:
     def _check_same_tokenizer(self, data_dir: Path) -> None:
         for name in TOKENIZER_FILES:
             ours, theirs = self.tokenizer / name, data_dir / name
-            if ours.exists() and theirs.exists() and ours.read_bytes() != theirs.read_bytes():
+            if ours.exists() and theirs.exists() and read_plain(ours) != read_plain(theirs):
                 raise ConfigError(
                     f"--data {data_dir}: its {name} is not the one this run began with; give the "
                     "run's own data, or another --run-dir"

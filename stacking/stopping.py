@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 
 from stacking.errors import ConfigError
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OBEY_SECONDS = 2.0  # what a repeated signal leaves the main thread to end in its own way
 

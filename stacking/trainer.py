@@ -33,6 +33,7 @@ from stacking.progress import ProgressReporter
 from stacking.rank_agreement import require_equal
 from stacking.rank_ledger import WatchLimits
 from stacking.rank_watch import RankWatch
+from stacking.resume import snapshot_for, state_for
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
@@ -167,7 +168,9 @@ class Trainer:
         if tag is None:
             self._begin()
         else:
-            self._state = distributed.on_main(lambda: self._manager.load(tag).state)
+            self._state = distributed.on_main(
+                lambda: state_for(self._manager.load(tag), self.recipe)
+            )
             if self._state.global_step >= self.recipe.total_steps:
                 return self._done()
             if self._state.global_step >= (self._limits.steps or self.recipe.total_steps):
@@ -225,7 +228,9 @@ class Trainer:
         self._log.resume(self._state, tag)
 
         def take() -> Snapshot | None:
-            return distributed.only_on_main(lambda: self._manager.load(tag).snapshot())
+            return distributed.only_on_main(
+                lambda: snapshot_for(self._manager.load(tag), self.recipe)
+            )
 
         if self._state.global_step == stage_start(self._state.stage + 1, self.recipe.stages):
             self._switch(lambda report: take())

@@ -85,7 +85,19 @@ BROKEN = [
         r"optimizer\.betas.*allowed: a list of 2|optimizer\.betas\.1: missing",
     ),
     ("optimizer.eps=true", r"optimizer\.eps: got true; allowed: a number greater than 0"),
-    ("learning_rate.peak=1e999", r"learning_rate\.peak: got Infinity; allowed: a number"),
+    ("learning_rate.peak=1e999", r"learning_rate\.peak: got '1e999'; allowed: a number"),
+    ("learning_rate.peak=101", r"learning_rate\.peak: got 101; allowed: .* at most 100"),
+    ("stages.0.steps=1" + "0" * 400, r"stages\.0\.steps: got 10+\.\.\.; allowed: .*1099511627776"),
+    ("stages." + "9" * 5000 + ".steps=1", r"stages: got '9+\.*; allowed: an index from 0 to 2"),
+    (
+        "model.type_vocab_size=16777217",
+        r"type_vocab_size: got 16777217; allowed: .*16777216",
+    ),
+    (
+        'model={"vocab_size": 97, "hidden_size": 131072, "num_hidden_layers": 4096, '
+        '"num_attention_heads": 1}',
+        r"hidden_size: got 131072 with 4096 layers, .* parameters; allowed: at most 1,099",
+    ),
     ("learning_rate.decay_steps=0", r"learning_rate\.decay_steps: got 0; allowed: at least 1"),
     ("learning_rate.warmup_steps=18", r"warmup_steps: got 18, and decay_steps 6, of 23 steps"),
     ("learning_rate.scope=epoch", r"learning_rate\.scope: got 'epoch'; allowed: one of 'run'"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_prep.masking import MaskingPolicy, mask_tokens
-from data_prep.shard_format import Manifest, ShardEntry, write_manifest
+from data_prep.shard_format import Manifest, ShardEntry, file_sha256, write_manifest
 from stacking import sample_order
 from stacking.config import BertConfig, DataConfig
 from stacking.dataset import (
@@ -77,9 +77,12 @@ def _folder(
 
 
 def _manifest(path: Path, static: bool, labels: bool) -> None:
+    pieces = [f"##p{i}" if i % 4 == 3 else f"p{i}" for i in range(VOCAB)]
+    (path / "vocab.txt").write_text("\n".join(pieces) + "\n")
     entries = {
         split: tuple(
-            ShardEntry(f"{split}_{i:05d}.hdf5", n, "") for i, n in enumerate(ROWS_PER_FILE)
+            ShardEntry(file.name, n, file_sha256(file))
+            for n, file in zip(ROWS_PER_FILE, sorted(path.glob(f"{split}_*.hdf5")), strict=True)
         )
         for split in ("training", "validation")
     }
@@ -91,7 +94,7 @@ def _manifest(path: Path, static: bool, labels: bool) -> None:
             max_seq_length=LENGTH,
             max_predictions_per_seq=3 if static else 0,
             vocab_size=VOCAB,
-            tokenizer_sha256="ab",
+            tokenizer_sha256=file_sha256(path / "vocab.txt"),
             special_token_ids=SPECIAL,
             has_next_sentence_labels=labels,
             seed=1,
@@ -100,8 +103,6 @@ def _manifest(path: Path, static: bool, labels: bool) -> None:
             validation=entries["validation"],
         ),
     )
-    pieces = [f"##p{i}" if i % 4 == 3 else f"p{i}" for i in range(VOCAB)]
-    (path / "vocab.txt").write_text("\n".join(pieces) + "\n")
 
 
 def _loader(
@@ -254,7 +255,7 @@ def test_reader_failure_reaches_the_consumer_and_threads_end(tmp_path: Path) -> 
     for shard in path.glob("training_*.hdf5"):
         shard.write_bytes(b"gone")
     for _ in range(2):
-        with pytest.raises(ShardError, match="training_00000.hdf5: rows from 0 cannot be read"):
+        with pytest.raises(ShardError, match="training_00000.hdf5: its sha256 is not"):
             next(loader)
     loader.close()
     with _loader(_folder(tmp_path / "e")) as other:
@@ -316,7 +317,9 @@ def test_folder_without_manifest_is_read_as_it_is(tmp_path: Path) -> None:
     )
     with (
         loader,
-        pytest.raises(ShardError, match=r"training_0000\d.hdf5: dataset input_ids holds id"),
+        pytest.raises(
+            ShardError, match=r"training_0000\d.hdf5: dataset input_ids holds 4\d in row"
+        ),
     ):
         next(loader)
 
@@ -333,9 +336,14 @@ def test_whole_words_are_taken_from_the_vocabulary(tmp_path: Path) -> None:
                 i for i in range(2, LENGTH) if row[i] > 4 and row[i] % 4 == 3 and row[i - 1] > 4
             ]
             assert all((i in chosen) == (i - 1 in chosen) for i in words)
-    (path / "vocab.txt").write_text("a\nb\n")
-    with pytest.raises(ShardError, match=r"vocab\.txt: whole-word masking needs"):
-        _loader(path, data)
+    for text, message in (
+        ("\n".join(["##"] + ["a"] * (VOCAB - 1)), r"vocab\.txt: is not the manifest's"),
+        ("\n".join(["a"] * VOCAB), r"vocab\.txt: whole-word masking needs"),
+        ("a\nb", r"does not fit vocab\.txt: the vocabulary has 60 pieces, not 2"),
+    ):
+        (path / "vocab.txt").write_text(text + "\n")
+        with pytest.raises(ShardError, match=message):
+            _loader(path, data)
 
 
 def test_incompatibilities_are_reported_together(tmp_path: Path) -> None:

@@ -233,3 +233,13 @@ def test_apexes_lamb_takes_no_coefficients(tmp_path: Path) -> None:
     broken = merge(lamb, {"optimizer": {"params": {"max_coeff": 3.0}}})
     with pytest.raises(ConfigError, match=r"max_coeff: not a parameter of Lamb with apex\.fused"):
         load_deepspeed_config(write(tmp_path, broken))
+
+
+@pytest.mark.parametrize("name", ["torch.nn.Lineer", "antigravity", "os.system", ""])
+def test_autocast_modules_that_deepspeed_would_import_blindly_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    path = "torch_autocast.lower_precision_safe_modules"
+    load_deepspeed_config(write(tmp_path, nested(path, ["torch.nn.Linear"])))
+    with pytest.raises(ConfigError, match=rf"{path}\.0: got '{name}'; allowed: one of \"?'torch"):
+        load_deepspeed_config(write(tmp_path, nested(path, [name])))

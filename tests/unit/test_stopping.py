@@ -53,7 +53,9 @@ def test_durations_are_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "2", "h", "2 h", "-2h", "1m2h", "2h30", "1.5h"])
+@pytest.mark.parametrize(
+    "text", ["", "2", "h", "2 h", "-2h", "1m2h", "2h30", "1.5h", "9" * 5000 + "d"]
+)
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--time-limit: got .*; allowed: days, hours"):
         parse_duration(text)

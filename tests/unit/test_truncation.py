@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.masking import BoolArray, IntArray, MaskingPolicy, mask_tokens
-from data_prep.shard_format import Manifest, ShardEntry, write_manifest
+from data_prep.shard_format import Manifest, ShardEntry, file_sha256, write_manifest
 from stacking.config import BertConfig, DataConfig, Recipe, Stage
 from stacking.dataset import (
     MaskedLMBatch,
@@ -172,11 +172,16 @@ def folder(path: Path, *, with_pairs: bool = True, static: bool = False) -> Path
             has_next_sentence_labels=with_pairs,
             seed=1,
             num_documents={},
-            training=(ShardEntry("training_00000.hdf5", len(rows), ""),),
-            validation=(ShardEntry("validation_00000.hdf5", len(rows), ""),),
+            training=_entries(path, "training", len(rows)),
+            validation=_entries(path, "validation", len(rows)),
         ),
     )
     return path
+
+
+def _entries(path: Path, split: str, rows: int) -> tuple[ShardEntry, ...]:
+    file = path / f"{split}_00000.hdf5"
+    return (ShardEntry(file.name, rows, file_sha256(file)),)
 
 
 def loader(
