@@ -60,8 +60,8 @@ class ShardSet:
     def verify(self, shard: ShardInfo) -> None:
         """Compare a shard with the manifest's sha256, once; ShardError if it was changed.
 
-        About 0.6 s a GB, which the reader thread spends when it first reads of the shard: a flipped
-        bit in a token id is nothing that anybody would see later.
+        About 0.7 s a GiB, which the reader thread spends when it first reads of the shard: nobody
+        would see a flipped bit in a token id later.
         """
         if self.manifest is None or shard.path in self._verified:
             return

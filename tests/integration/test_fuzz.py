@@ -162,7 +162,7 @@ def test_what_was_once_a_fault_is_refused(case: Case, world: Path, sandbox: Sand
 @pytest.mark.slow
 def test_what_is_accepted_also_trains(world: Path, sandbox: Sandbox) -> None:
     verdicts = fuzz("train", 80, world, sandbox)
-    assert verdicts["accepted"] >= 20
+    assert verdicts["accepted"] >= 10
     assert verdicts["refused"]
     print(f"\ntrain: {verdicts}")
 

@@ -398,7 +398,7 @@ def write_run(run_dir: Path, tokenizer_dir: Path) -> BertForPreTraining:
             global_step=step,
             stage=stage,
             num_hidden_layers=model.config.num_hidden_layers,
-            loader={},
+            loader={"samples_consumed": step * 256},
             sample_hash="",
             tokens=0,
             real_tokens=0,
