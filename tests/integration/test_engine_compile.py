@@ -34,17 +34,17 @@ from stacking.snapshot import Snapshot
 Case = tuple[int, str, int, str]
 """ZeRO stage, precision, checkpoint interval, backend or "none"."""
 MOST_DEVIATION = {"fp32": 2e-5, "bf16": 0.05}
-EVERYWHERE: list[Case] = [
-    (zero, precision, interval, backend)
+QUICK: list[Case] = [(3, "fp32", 1, "none"), (2, "bf16", 2, "none"), (1, "fp32", 1, "aot_eager")]
+INDUCTOR: list[Case] = [(0, "fp32", 0, "inductor"), (1, "bf16", 1, "inductor")]
+EVERYWHERE: list[Case] = QUICK + [
+    (zero, precision, 1, backend)
     for zero in (0, 1, 2, 3)
     for precision in ("fp32", "bf16")
-    for interval, backend in ((1, "none"), (2, "none"), (0, "aot_eager"), (1, "aot_eager"))
-    if (zero or precision == "fp32") and (zero < 3 or backend == "none")
+    for backend in ("none", "aot_eager")
+    if (zero or precision == "fp32")
+    and (zero < 3 or backend == "none")
+    and (zero, precision, 1, backend) not in QUICK
 ]
-QUICK: list[Case] = [(3, "fp32", 1, "none"), (2, "bf16", 2, "none"), (1, "fp32", 1, "aot_eager")]
-INDUCTOR: list[Case] = [
-    (0, "fp32", 0, "inductor"), (1, "bf16", 1, "inductor"), (2, "fp32", 0, "inductor"),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
