@@ -20,7 +20,7 @@ from stacking.engine import TrainEngine
 from stacking.errors import CheckpointError, NonFiniteError
 from stacking.run_folder import write_text
 
-_LISTED_SAMPLES = 12
+_LISTED_SAMPLES, _LISTED_RANKS = 12, 4
 
 
 def autopsy(
@@ -91,13 +91,14 @@ class _Micro:
 
 
 def _where(by_rank: Sequence[Sequence[_Micro]]) -> str:
-    """Ranks and samples whose loss is not finite, as far as a line takes."""
+    """Ranks and samples whose loss is not finite, or all of the step, as far as a line takes."""
+    all_finite = all(math.isfinite(micro.loss) for micros in by_rank for micro in micros)
     parts = []
-    for rank, micro_batches in enumerate(by_rank):
-        bad = [micro for micro in micro_batches if not math.isfinite(micro.loss)]
+    for rank, micros in enumerate(by_rank):
+        bad = [micro for micro in micros if all_finite or not math.isfinite(micro.loss)]
         samples = [sample for micro in bad for sample in micro.samples]
         listed = ", ".join(map(str, samples[:_LISTED_SAMPLES]))
         more = len(samples) - _LISTED_SAMPLES
-        if bad:
+        if bad and len(parts) < _LISTED_RANKS:
             parts.append(f"on rank {rank} among samples {listed}" + f", {more} more" * (more > 0))
-    return f" {'; '.join(parts)}" if parts else ""
+    return " " + "; ".join(parts)

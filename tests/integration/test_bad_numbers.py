@@ -110,8 +110,10 @@ def test_an_infinite_gradient_stops_both_before_the_update(
 def test_a_run_that_diverges_keeps_the_step_for_an_autopsy(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = ROOT / "deepspeed_configs" / "cpu_fp32.json"
-    changes = ["model.vocab_size=400", "model.type_vocab_size=2", "learning_rate.peak=1e30",
-               "learning_rate.warmup_steps=4", "checkpoint.every_steps=1"]  # fmt: skip
+    # A rate times decay of 10,000 multiplies every matrix by that in each step.
+    changes = ["model.vocab_size=400", "model.type_vocab_size=2", "learning_rate.peak=100",
+               "optimizer.weight_decay=100", "stages.0.steps=60",
+               "checkpoint.every_steps=1"]  # fmt: skip
     command: list[object] = [
         "--recipe", ROOT / "launch" / "recipes" / "tiny_test.json", "--data", tiny_data,
         "--run-dir", run_dir, "--deepspeed_config", config,
