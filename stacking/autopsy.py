@@ -93,7 +93,7 @@ class _Micro:
 def _where(by_rank: Sequence[Sequence[_Micro]]) -> str:
     """Ranks and samples whose loss is not finite, or all of the step, as far as a line takes."""
     all_finite = all(math.isfinite(micro.loss) for micros in by_rank for micro in micros)
-    parts = []
+    parts: list[str] = []
     for rank, micros in enumerate(by_rank):
         bad = [micro for micro in micros if all_finite or not math.isfinite(micro.loss)]
         samples = [sample for micro in bad for sample in micro.samples]
