@@ -70,9 +70,9 @@ def overflows(zero_stage: int) -> tuple[list[float], list[bool], int]:
 def interrupted(zero_stage: int, stops: set[int]) -> tuple[list[float], Snapshot]:
     """Losses of 16 steps and the end, with a rebuild before each of `stops`.
 
-    The scale falls at once, after two overflows each, and grows after two good steps.
+    The scale falls at every overflow from the second on, and grows after three good steps.
     """
-    made = fp16(zero_stage, initial_scale_power=26, hysteresis=2, loss_scale_window=2)
+    made = fp16(zero_stage, initial_scale_power=26, hysteresis=2, loss_scale_window=3)
     trained, losses = build(made, fresh()), []
     for step in range(16):
         if step in stops:
