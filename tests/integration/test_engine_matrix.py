@@ -6,6 +6,7 @@ of one number of ranks run in one process group, the slow ones in another.
 
 import functools
 import gc
+import shutil
 from collections.abc import Sequence
 
 import pytest
@@ -32,7 +33,7 @@ PRECISIONS = [(0, "fp32"), (0, "autocast")] + [
 
 
 def matrix(ranks: int) -> list[Case]:
-    """All cases of that many ranks but the one that compiles."""
+    """All cases of that many ranks that compile nothing."""
     clipped = {"fp32": (1, 2, 4)}
     variants = [
         Variant("depth", zero, precision, accumulation, norm)
@@ -112,3 +113,15 @@ def test_clipping_bites_in_every_stage_of_a_plan(plan: str) -> None:
     clipped, free = reference(plan, 0.5), reference(plan, 0.0)
     assert min(norm for _, norm in clipped) > 0.5
     assert max(abs(ours[0] - theirs[0]) for ours, theirs in zip(clipped, free, strict=True)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("ninja") is None, reason="needs g++ and ninja"
+)
+def test_offload_with_deepspeeds_own_cpu_adam_which_it_compiles() -> None:
+    variant = Variant("depth", 2, "fp32", 2, offload="optimizer", torch_adam=False)
+    (answer,) = run_on_ranks(run_all, 1, [variant])
+    found = answer[variant]  # type: ignore[index]
+    for ours, theirs in zip(found, reference("depth", 0.5), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=MOST_DIFFERENCE["fp32"])
