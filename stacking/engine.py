@@ -84,6 +84,13 @@ def current_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host had no memory left; of the host's torch only says so."""
+    texts = ("can't allocate memory", "Cannot allocate memory")
+    is_hosts = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return is_hosts or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def synchronize() -> None:
     """Wait for the device: only where time is taken or numbers are read."""
     get_accelerator().synchronize()

@@ -26,7 +26,7 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
-from stacking.errors import ConfigError, NonFiniteError
+from stacking.errors import ConfigError, NonFiniteError, UserError
 from stacking.growth.legality import recipe_faults
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
@@ -45,6 +45,13 @@ from stacking.stopping import StopLimits, StopRequest
 
 EXPECTED_AT_MOST = 1800.0
 """Seconds that an evaluation, a save or a growth may take before it counts as hanging."""
+
+
+OUT_OF_MEMORY = (
+    "rank {rank} has not enough memory for this model; less is needed with a smaller "
+    "train_micro_batch_size_per_gpu, activation_checkpointing, a higher zero_optimization.stage or "
+    "more ranks: the same command goes on from the last checkpoint with any of them"
+)
 
 
 class Outcome(Enum):
@@ -100,6 +107,10 @@ class Trainer:
             accelerator = engine.start()
             with self._watch:
                 return self._fit(accelerator)
+        except (MemoryError, RuntimeError) as error:
+            if engine.is_out_of_memory(error):
+                raise UserError(OUT_OF_MEMORY.format(rank=distributed.rank())) from error
+            raise
         finally:
             # Also after a fault: a thread that still reads while Python ends aborts the process.
             if self._loader is not None:
