@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from on_ranks import first_state, on_ranks, resolved, step
@@ -25,6 +26,7 @@ from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.checkpoint_writer import CheckpointWriter
 from stacking.config import BertConfig, OptimizerConfig
 from stacking.engine import TrainEngine
+from stacking.rank_agreement import require_equal
 
 KINDS = ("none", "thread", "waited", "deepspeed")
 STATE = TrainState(global_step=1, stage=0, num_hidden_layers=1, loader={}, recipe_sha256="")
@@ -76,7 +78,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     found["parameters"] = [float(sum(w.numel() for w in snapshot.weights.values()))]
     del snapshot
     try:
-        with CheckpointWriter(CheckpointManager(folder)) as writer:
+        with closing(CheckpointWriter(CheckpointManager(folder))) as writer:
             saves = _savers(built, writer, folder)
             steps = _steps(built, arguments)
             found["steps"] = [float(steps)]
@@ -107,6 +109,7 @@ def _savers(
 
     def thread() -> None:
         distributed.only_on_main(writer.settle)
+        require_equal({"the weights": str(built.replica_digest())})
         snapshot = built.snapshot()
         if snapshot is not None:
             writer.write("step_1", snapshot, STATE)

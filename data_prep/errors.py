@@ -2,7 +2,13 @@
 
 
 class UserError(Exception):
-    """The user's mistake: the message says what was given, what is allowed and what to do."""
+    """The user's mistake: the message says what was given, what is allowed and what to do.
+
+    Attributes:
+        is_everybodys: raised on all ranks alike, so that one of them need tell it.
+    """
+
+    is_everybodys = False
 
 
 class DataError(UserError):

@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """0 done, 1 our bug, 2 the user's mistake, 3 stopped early and resumable, 4 a rank was lost."""
     arguments = parse_arguments()
+    trainer = None
     try:
         trainer = Trainer(
             load_recipe(arguments.recipe, arguments.set),
@@ -69,7 +70,10 @@ def main() -> int:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise  # no file of the user's
-        if distributed.is_main():
+        # One of all ranks is told once, one of a rank by it; before they meet, once a host.
+        is_shared = getattr(error, "is_everybodys", False)
+        is_hosts = distributed.local_rank() == 0
+        if distributed.is_main() or (is_hosts if trainer is None else not is_shared):
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if outcome is Outcome.DONE else 3

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from stacking import distributed
 from stacking.batch import MaskedLMBatch
 from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.engine import TrainEngine
-from stacking.errors import CheckpointError, NonFiniteError
+from stacking.errors import CheckpointError, NonFiniteError, everybodys
 from stacking.run_folder import write_text
 
 _LISTED_SAMPLES, _LISTED_RANKS = 12, 4
@@ -66,16 +67,17 @@ def autopsy(
             ranks = [[micro.row() for micro in its] for its in by_rank]
             report = {"step": step, "fault": str(fault), **numbers, "ranks": ranks}
             write_text(folder / tag / "report.json", json.dumps(report, indent=1) + "\n")
-        except (CheckpointError, OSError) as error:
+        except (CheckpointError, OSError, SafetensorError) as error:
             return f"It could not be kept for an autopsy: {error}"
         return f"State, batches and a report are in {folder / tag}"
 
     kept = distributed.on_main(save)
-    return NonFiniteError(
+    message = (
         f"step {step}: {fault}{_where(by_rank)}; no weight was changed. {kept}. The same command "
         "goes back to the last checkpoint; if it ends here again, lower learning_rate.peak or "
         "raise warmup_steps, in another folder or with --resume TAG further back"
     )
+    return everybodys(NonFiniteError(message))
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,13 @@ class Checkpoint:
 
     def _verify(self, name: str) -> None:
         path = self.folder / name
-        if not path.is_file() or _fingerprint(path) != self._files.get(name):
-            raise CheckpointError(
-                f"{path}: missing or changed since it was committed; take another tag (--resume "
-                f"TAG, export --tag TAG) or delete {self.folder}"
-            )
+        advice = f"take another tag (--resume TAG, export --tag TAG) or delete {self.folder}"
+        try:
+            is_whole = path.is_file() and _fingerprint(path) == self._files.get(name)
+        except OSError as error:  # a bad sector
+            raise CheckpointError(f"{path}: cannot be read ({error}); {advice}") from error
+        if not is_whole:
+            raise CheckpointError(f"{path}: missing or changed since it was committed; {advice}")
 
     def weights(self) -> dict[str, Tensor]:
         """fp32 weights by parameter name."""
@@ -213,7 +215,8 @@ class CheckpointManager:
     def rewind(self, tag: str) -> None:
         """Set aside all tags after `tag`: the run goes on from there. They move to superseded/."""
         start = self.load(tag).state
-        for later in self.committed():
+        # The furthest first: a kill in between leaves no later tag that would be taken for newest.
+        for later in reversed(self.committed()):
             if (later.state.global_step, later.state.stage) > (start.global_step, start.stage):
                 aside = self.folder / "superseded" / later.tag
                 aside.parent.mkdir(exist_ok=True)
@@ -245,6 +248,9 @@ class CheckpointManager:
             if flat:
                 safetensors.torch.save_file(flat, temporary / MOMENTS_FILE)
             (temporary / STATE).write_text(_state_file(snapshot, state).model_dump_json(indent=1))
+            mode = (temporary / STATE).stat().st_mode
+            for path in temporary.iterdir():
+                path.chmod(mode)  # safetensors leaves its files to their owner alone
             files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             (temporary / MARKER).write_text(json.dumps({"tag": tag, "files": files}, indent=1))
             _sync(temporary)

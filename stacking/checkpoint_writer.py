@@ -6,7 +6,6 @@ Writing, hashing and syncing release Python's lock, so that the training thread 
 
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
 from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.errors import CheckpointError
@@ -42,22 +41,11 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def __enter__(self) -> "CheckpointWriter":
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish what was begun and end the thread; after another error a fault is but logged."""
+    def close(self) -> None:
+        """Finish what was begun and end the thread; a fault that nobody settled is but logged."""
         try:
             self.settle()
         except CheckpointError as fault:
-            if error is None:
-                raise
             warnings.warn(str(fault), stacklevel=2)
         finally:
             self._thread.shutdown()

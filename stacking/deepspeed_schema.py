@@ -131,7 +131,9 @@ class Bf16(Frozen):
 
     enabled: bool = False
     immediate_grad_update: bool = False
-    check_grad_overflow: bool = True
+    check_grad_overflow: Literal[True] = Field(
+        default=True, description="A gradient that is no number must not reach the weights."
+    )
 
 
 class TorchAutocast(Frozen):

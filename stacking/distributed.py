@@ -2,13 +2,16 @@
 
 import os
 import socket
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
 from torch import distributed
 
-from stacking.errors import UserError
+from stacking.errors import UserError, everybodys, is_users
 
 _Result = TypeVar("_Result")
 
@@ -30,6 +33,28 @@ def prepare_environment() -> None:
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+
+
+@contextmanager
+def telling_of_missing_ranks(after: float = 60.0) -> Iterator[None]:
+    """Say, once a host, that the ranks have not all met in the block after so many seconds."""
+
+    def tell() -> None:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(
+            f"rank {rank()} has waited for {after:.0f} s for all {world_size()} ranks to meet at "
+            f"{address}; has one of them ended, or does a firewall keep them apart?",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    timer = threading.Timer(after, tell)
+    timer.daemon = True
+    if local_rank() == 0 and world_size() > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def limit_cpu_threads() -> None:
@@ -100,15 +125,18 @@ def together(step: Callable[[], _Result]) -> _Result:
     result, fault = None, ""
     try:
         result = step()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not is_users(error):
+            raise
         fault = str(error)
     faults = gather_objects(fault)
     seen = list(dict.fromkeys(text for text in faults if text))
     if not seen:
         return cast(_Result, result)
     if len(seen) == 1 and all(faults):
-        raise UserError(seen[0])
-    raise UserError("\n".join(f"on rank {rank}: {t}" for rank, t in enumerate(faults) if t))
+        raise everybodys(UserError(seen[0]))
+    told = "\n".join(f"on rank {rank}: {text}" for rank, text in enumerate(faults) if text)
+    raise everybodys(UserError(told))
 
 
 def on_main(step: Callable[[], _Result]) -> _Result:
@@ -117,12 +145,14 @@ def on_main(step: Callable[[], _Result]) -> _Result:
     if is_main():
         try:
             found[0] = step()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if not is_users(error):
+                raise
             found[1] = str(error)
     if distributed.is_initialized():
         distributed.broadcast_object_list(found, src=0)
     if found[1]:
-        raise UserError(str(found[1]))
+        raise everybodys(UserError(str(found[1])))
     return cast(_Result, found[0])
 
 

@@ -40,11 +40,11 @@ except ImportError:  # `from stacking import grow` works without it; start() say
     deepspeed = None
 
 
-def start(timeout_minutes: float = 40.0) -> Accelerator:
+def start(hang_timeout: float = 0.0) -> Accelerator:
     """Join the process group and say what this machine can do.
 
-    `timeout_minutes`: of one collective; long, as others wait in one while the main rank grows a
-    model. Ranks that hang are found by rank_watch.py, sooner and by name.
+    A collective may take 40 minutes, or twice `hang_timeout` seconds, as others wait in one while
+    the main rank grows a model. Ranks that hang are found by rank_watch.py, sooner and by name.
 
     Raises ConfigError where DeepSpeed is not installed.
     """
@@ -55,7 +55,9 @@ def start(timeout_minutes: float = 40.0) -> Accelerator:
     # DeepSpeed compiles a shared-memory op on the CPU that only inference_all_reduce uses: 48 s,
     # and fatal without a compiler. tests/unit/test_engine.py tells when the hook is gone.
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    timeout = max(timedelta(minutes=40), timedelta(seconds=2 * hang_timeout))
+    with distributed.telling_of_missing_ranks():
+        deepspeed.init_distributed(verbose=False, timeout=timeout)
     kind = get_accelerator().device_name()
     get_accelerator().set_device(distributed.local_rank())
     if kind == "cpu":
@@ -130,7 +132,8 @@ class TrainEngine:
         apply_freeze(model, freeze)
         still = [name for name, p in model.named_parameters() if not p.requires_grad]
         # They cannot change; the module's own copies may have 16 bits. The main rank keeps them.
-        self._frozen = {name: given.weights[name] for name in still if distributed.is_main()}
+        mine = still if distributed.is_main() else []
+        self._frozen = {name: given.weights[name].clone() for name in mine}
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer_maker(self._client),

@@ -1,6 +1,7 @@
 """Errors of training; the class says who must act. A UserError ends a command with exit code 2."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from data_prep.errors import ShardError, UserError
 
@@ -11,7 +12,12 @@ __all__ = [
     "NonFiniteError",
     "ShardError",
     "UserError",
+    "everybodys",
+    "is_users",
 ]
+
+
+_Error = TypeVar("_Error", bound=UserError)
 
 
 class ConfigError(UserError):
@@ -34,3 +40,14 @@ class GrowthError(UserError):
 
 class NonFiniteError(UserError):
     """A loss or a gradient that is no number, or infinite; raised before it changes a weight."""
+
+
+def everybodys(error: _Error) -> _Error:
+    """The same error, which all ranks raise at this place."""
+    error.is_everybodys = True
+    return error
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the user has to act: a mistake, or a file that cannot be read or written."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and bool(error.filename))

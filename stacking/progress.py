@@ -9,6 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from stacking import distributed
 
 
+class _Console(Console):
+    """Goes quiet when nobody reads any more, as after `| head`: training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        self.quiet = True
+
+
 class ProgressReporter:
     """One bar over all optimizer steps of a run."""
 
@@ -16,7 +24,7 @@ class ProgressReporter:
         """Nothing is shown before `with`."""
         self._total_steps = total_steps
         self._num_stages = num_stages
-        self._console = Console(file=sys.stdout, highlight=False, quiet=not distributed.is_main())
+        self._console = _Console(file=sys.stdout, highlight=False, quiet=not distributed.is_main())
         self._is_live = self._console.is_terminal and distributed.is_main()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(),

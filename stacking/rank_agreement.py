@@ -3,16 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from stacking.distributed import gather_objects, rank_name
-from stacking.errors import UserError
+from stacking.errors import UserError, everybodys
 
 _NAMED = 4  # ranks of a dissenting group that are named with host and pid
 
 
-def require_equal(values: Mapping[str, str]) -> None:
+SAME_FILES = "give all hosts the same files and packages"
+
+
+def require_equal(values: Mapping[str, str], advice: str = SAME_FILES) -> None:
     """Refuse to go on where ranks hold different values. Collective: all give the same keys.
 
     Args:
         values: what -> a short text of it, such as {"the recipe": digest[:12]}.
+        advice: what to do where they differ.
 
     Raises:
         UserError: on all ranks the same, naming each thing that differs, its values and the ranks
@@ -25,10 +29,7 @@ def require_equal(values: Mapping[str, str]) -> None:
         if len(set(found)) > 1:
             faults.append(f"{what}: {_groups(found, names)}")
     if faults:
-        raise UserError(
-            "the ranks do not agree; give all hosts the same files and packages: "
-            + "; ".join(faults)
-        )
+        raise everybodys(UserError(f"the ranks do not agree; {advice}: {'; '.join(faults)}"))
 
 
 def _groups(found: Sequence[str], names: Sequence[str]) -> str:

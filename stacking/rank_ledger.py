@@ -5,7 +5,7 @@ No clock, thread or network in here: `rank_watch` brings the beats and the time.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ class State(str, Enum):
     LOST = "lost"  # its collective failed: waits to hear whose fault it is
     TOLD = "told"  # knows the fault, about to end
     ERROR = "error"  # left by an exception
+    MISTAKE = "mistake"  # likewise, by one that the user has to mend
     BYE = "bye"  # left in order
     CLOSED = "closed"  # the main rank's alone: as BYE, and nobody listens from now on
 
@@ -71,6 +72,8 @@ class Fault:
 
     text: str
     ranks: tuple[int, ...] = ()
+    is_mistake: bool = False
+    """Whether the user has to act first: the same command would end here again."""
 
     def packed(self) -> str:
         """As JSON."""
@@ -82,7 +85,7 @@ class Fault:
         if not data:
             return None
         values = json.loads(data)
-        return cls(values["text"], tuple(values["ranks"]))
+        return cls(values["text"], tuple(values["ranks"]), bool(values["is_mistake"]))
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ class RankLedger:
 
     def fault(self, now: float) -> Fault | None:
         """What is wrong at `now`, if anything; None also when all have left."""
-        here, lost, failed = self.here(), self._of(State.LOST), self._of(State.ERROR)
+        here, lost = self.here(), self._of(State.LOST)
+        failed = self._of(State.ERROR, State.MISTAKE)
         if not here:
             return None
         limits = self._limits
@@ -159,7 +163,8 @@ class RankLedger:
         if silent or is_alone:
             clauses = {rank: self._silent(rank, now) for rank in silent}
             clauses |= {rank: self._failed(rank) for rank in failed}
-            return _joined(clauses)
+            is_mistake = not silent and failed == self._of(State.MISTAKE)
+            return replace(_joined(clauses), is_mistake=is_mistake)
         if lost and not failed and now - min(self._since[r] for r in lost) > 1.5 * limits.soon:
             return Fault(self._broken(lost[0]))
         patience = max([limits.hung_after, *(self._beats[rank].place.at_most for rank in here)])

@@ -42,6 +42,7 @@ from stacking.rank_ledger import (
 )
 
 EXIT_CODE = 4
+MISTAKE_CODE = 2  # another rank met what the user has to mend
 _RESUMABLE = "everything up to the last checkpoint is saved: the same command continues"
 _CONNECT = timedelta(seconds=60)  # to find the main rank's store
 _FLUSH = 5.0  # seconds for the last words of a rank that leaves
@@ -126,7 +127,8 @@ class RankWatch:
         if self._state is State.RUNNING:
             self._detail = "" if error is None else _last_words(error)
             is_lost = error is not None and is_lost_peer(error)
-            self._state = State.LOST if is_lost else State.ERROR if error else State.BYE
+            failed = State.MISTAKE if isinstance(error, UserError) else State.ERROR
+            self._state = State.LOST if is_lost else failed if error else State.BYE
         self._nudge.set()
         self._linger()
         self._stop.set()
@@ -259,9 +261,10 @@ class RankWatch:
             return None
         name = self._names[0]
         if self._is_store_gone:
-            is_failed = beat.state is State.ERROR
+            is_failed = beat.state in (State.ERROR, State.MISTAKE)
             gone = f"{name} has gone without a word (last: {beat.place})"
-            return Fault(failed_text(name, beat) if is_failed else gone, (0,))
+            is_mistake = beat.state is State.MISTAKE
+            return Fault(failed_text(name, beat) if is_failed else gone, (0,), is_mistake)
         limits = self._limits
         silence = self._now - self._main_heard
         if silence > (limits.soon if self._state is State.LOST else limits.dead_after):
@@ -271,7 +274,7 @@ class RankWatch:
     def _tell(self, fault: Fault) -> None:
         """Print the fault once and end, unless this rank is on its way out with its own words."""
         own = self._state
-        is_leaving = own in (State.ERROR, State.BYE, State.CLOSED)
+        is_leaving = own in (State.ERROR, State.MISTAKE, State.BYE, State.CLOSED)
         if not is_leaving:
             self._state = State.TOLD
         seconds = 3 * self._limits.interval + 0.5
@@ -281,10 +284,11 @@ class RankWatch:
         elif self._fault is not None:  # the main rank lives and wants to know who has read it
             self._wait(lambda: self._is_store_gone or self._said is self._state, seconds)
         if not (is_leaving and self._rank in fault.ranks):
-            sys.stderr.write(f"error: {fault.text}; {_RESUMABLE}\n")
+            hint = "" if fault.is_mistake else f"; {_RESUMABLE}"
+            sys.stderr.write(f"error: {fault.text}{hint}\n")
             sys.stderr.flush()
         if not is_leaving:
-            self._end(EXIT_CODE)
+            self._end(MISTAKE_CODE if fault.is_mistake else EXIT_CODE)
 
 
 def is_lost_peer(error: BaseException | None) -> bool:
@@ -299,7 +303,9 @@ def is_lost_peer(error: BaseException | None) -> bool:
 
 
 def _last_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_first_line(error)}"[:_LAST_WORDS]
+    said = " ".join(str(error).split()) or "no message"
+    is_mistake = isinstance(error, UserError)
+    return (said if is_mistake else f"{type(error).__name__}: {said}")[:_LAST_WORDS]
 
 
 def _first_line(error: BaseException) -> str:

@@ -34,6 +34,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.autopsy = path / "autopsy"
         self.tokenizer = path / "tokenizer"
+        self.rewound = path / "rewound.txt"
 
     def check(self, recipe: Recipe, resume: str) -> None:
         """Refuse another recipe's folder, a stranger's folder, and overwriting. Reads only."""
@@ -59,7 +60,15 @@ class RunFolder:
 
     def _has_begun(self) -> bool:
         """Whether there is anything to continue: a fault before the first save leaves nothing."""
-        return any(self.checkpoints.glob("*/COMMITTED"))
+        return any(self.checkpoints.glob("[!.]*/COMMITTED"))
+
+    def was_rewound_to(self, tag: str) -> bool:
+        """Whether the run's last --resume TAG was this one: a requeued job repeats its command."""
+        return self.rewound.is_file() and self.rewound.read_text().strip() == tag
+
+    def note_rewind(self, tag: str) -> None:
+        """Remember that the run went back to `tag`. Main rank only."""
+        write_text(self.rewound, tag + "\n")
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
         try:

@@ -1,7 +1,6 @@
 """A run's state committed under a tag: ranks compared, state gathered, written, logged."""
 
 import time
-from types import TracebackType
 
 from stacking import distributed
 from stacking.checkpoint import CheckpointManager, TrainState
@@ -15,9 +14,14 @@ from stacking.schedule import stage_start
 from stacking.snapshot import Snapshot
 from stacking.stage_growth import StageGrowth
 
+DIFFERENT_WEIGHTS = (
+    "they should hold the same weights: a device is broken, or hosts of different kinds round "
+    "differently (ZeRO 1 to 3 compute each weight on one of them)"
+)
+
 
 class RunSaver:
-    """Saves one run; inside its `with` block, on whose end what was begun is committed."""
+    """Saves one run; `close` at its end."""
 
     def __init__(self, recipe: Recipe, manager: CheckpointManager, log: RunLog) -> None:
         """`manager`: of the run's folder."""
@@ -42,7 +46,8 @@ class RunSaver:
         """
         began = time.perf_counter()
         self.settle()
-        require_equal({f"the weights at step {state.global_step}": str(engine.replica_digest())})
+        weights = {f"the weights at step {state.global_step}": str(engine.replica_digest())}
+        require_equal(weights, DIFFERENT_WEIGHTS)
         snapshot = engine.snapshot()
         if snapshot is not None:
             self._writer.write(tag, snapshot, state)
@@ -71,6 +76,8 @@ class RunSaver:
             )
         for complaint in complaints:
             self._log.say(f"skipping a checkpoint: {complaint}")
+        if complaints and checkpoint is not None:
+            self._manager.rewind(checkpoint.tag)  # or damaged tags would count as the newest
         return None if checkpoint is None else checkpoint.tag
 
     def _measure_symmetry(self, snapshot: Snapshot, state: TrainState) -> None:
@@ -80,15 +87,6 @@ class RunSaver:
             similarity = StageGrowth(self._recipe, state.stage).similarity(snapshot.weights)
             self._log.symmetry(state, steps, similarity)
 
-    def __enter__(self) -> "RunSaver":
-        """Return the saver."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Finish what was begun; see CheckpointWriter."""
-        self._writer.__exit__(kind, error, trace)
+    def close(self) -> None:
+        """Finish a save that is under way, as after an error; its own fault is but logged."""
+        self._writer.close()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 
@@ -47,6 +48,8 @@ EXPECTED_AT_MOST = 1800.0
 """Seconds that an evaluation, a save or a growth may take before it counts as hanging."""
 
 
+LEARNING_STEP_AT_MOST = 60.0
+"""Likewise, of one step of a growth map that is learned."""
 OUT_OF_MEMORY = (
     "rank {rank} has not enough memory for this model; less is needed with a smaller "
     "train_micro_batch_size_per_gpu, activation_checkpointing, a higher zero_optimization.stage or "
@@ -94,6 +97,7 @@ class Trainer:
         self._resume = resume
         self._strict_precision = strict_precision
         self._limits = limits or StopLimits()
+        self._hang_timeout = hang_timeout
         self._watch = RankWatch(WatchLimits(hung_after=hang_timeout))
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
@@ -104,9 +108,10 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train to the end, to a limit or to the first signal. Collective."""
         try:
-            accelerator = engine.start()
-            with self._watch:
-                return self._fit(accelerator)
+            accelerator = engine.start(self._hang_timeout)
+            # The watch would take a main rank that still writes for the last one left.
+            with ExitStack() as after_watch, self._watch:
+                return self._fit(accelerator, after_watch)
         except (MemoryError, RuntimeError) as error:
             if engine.is_out_of_memory(error):
                 raise UserError(OUT_OF_MEMORY.format(rank=distributed.rank())) from error
@@ -117,7 +122,7 @@ class Trainer:
                 self._loader.close()
             distributed.shut_down()
 
-    def _fit(self, accelerator: Accelerator) -> Outcome:
+    def _fit(self, accelerator: Accelerator, after_watch: ExitStack) -> Outcome:
         self._watch.mark(0, "checking data and settings")
         distributed.together(lambda: self._prepare(accelerator))
         self._resolved = engine_options.settle(self._resolved, engine.current_device())
@@ -135,8 +140,9 @@ class Trainer:
                 device=engine.current_device(),
                 precision=self._resolved[0].precision,
             )
-            with RunSaver(self.recipe, self._manager, self._log) as self._saver:
-                outcome = self._run()
+            self._saver = RunSaver(self.recipe, self._manager, self._log)
+            after_watch.callback(self._saver.close)
+            outcome = self._run()
             if self._engine is not None:
                 self._engine.destroy()
             return outcome
@@ -174,6 +180,7 @@ class Trainer:
     def _run(self) -> Outcome:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
             self._log.say(notice)
+        self._watch.mark(0, "looking for a checkpoint", EXPECTED_AT_MOST)
         tag = distributed.on_main(self._choose_tag)
         self._session_began = time.perf_counter()
         if tag is None:
@@ -213,8 +220,12 @@ class Trainer:
     def _choose_tag(self) -> str | None:
         """The tag to continue from; the main rank's choice is everybody's."""
         if self._resume not in ("auto", "never"):
-            self._manager.rewind(self._resume)
-            return self._resume
+            if not self.folder.was_rewound_to(self._resume):
+                self._manager.rewind(self._resume)
+                self.folder.note_rewind(self._resume)
+                return self._resume
+            self._log.say(f"this run went back to {self._resume} before and goes on from there; "
+                          f"to go back again delete {self.folder.rewound}")  # fmt: skip
         return self._saver.latest_tag()
 
     def _begin(self) -> None:
@@ -250,6 +261,7 @@ class Trainer:
 
     def _build(self, snapshot: Snapshot | None) -> TrainEngine:
         """Make the engine and the loader of the current stage, from the main rank's snapshot."""
+        self._watch.mark(self._state.global_step, "building", EXPECTED_AT_MOST)
         stage = self._state.stage
         resolved = self._resolved[stage]
         config = self.recipe.stage_model(stage)
@@ -379,6 +391,8 @@ class Trainer:
         probe = self._data.probe(to_stage, engine.current_device())
         learned = self.recipe.stages[to_stage].learned
         if learned is not None:
+            at_most = EXPECTED_AT_MOST + learned.steps * LEARNING_STEP_AT_MOST
+            self._watch.mark(self._state.global_step, "learning growth", at_most)
             self._log.say(f"learning a growth map in {learned.steps} steps on the main rank")
 
         def build(snapshot: Snapshot | None) -> TrainEngine:

@@ -1,6 +1,7 @@
 """Saving in a thread: training goes on meanwhile, order and faults are kept."""
 
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def state(step: int) -> TrainState:
 
 def write_and_fail(manager: CheckpointManager) -> None:
     """A save under way when something else goes wrong."""
-    with CheckpointWriter(manager) as writer:
+    with closing(CheckpointWriter(manager)) as writer:
         writer.write("step_1", SNAPSHOT, state(1))
         raise KeyError
 
@@ -46,7 +47,7 @@ def tags(manager: CheckpointManager) -> list[str]:
 
 def test_write_returns_before_the_tag_exists_and_settle_when_it_does(tmp_path: Path) -> None:
     manager = SlowManager(tmp_path)
-    with CheckpointWriter(manager) as writer:
+    with closing(CheckpointWriter(manager)) as writer:
         writer.write("step_1", SNAPSHOT, state(1))
         assert tags(manager) == []
         assert not writer.has_failed
@@ -65,7 +66,7 @@ def test_leaving_finishes_what_was_begun_also_after_an_error(tmp_path: Path) -> 
 
 def test_a_fault_is_known_without_waiting_and_told_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with CheckpointWriter(CheckpointManager(tmp_path / "file")) as writer:
+    with closing(CheckpointWriter(CheckpointManager(tmp_path / "file"))) as writer:
         writer.write("step_1", SNAPSHOT, state(1))
         for _ in range(300):
             if writer.has_failed:
@@ -78,15 +79,6 @@ def test_a_fault_is_known_without_waiting_and_told_once(tmp_path: Path) -> None:
         assert not writer.has_failed
 
 
-def test_a_fault_that_nobody_waited_for_is_raised_on_leaving(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(CheckpointError, match="could not be written"),
-        CheckpointWriter(CheckpointManager(tmp_path / "file")) as writer,
-    ):
-        writer.write("step_1", SNAPSHOT, state(1))
-
-
 def test_after_another_error_the_fault_is_logged_and_the_error_stays(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     caught = pytest.warns(UserWarning, match="could not be written")
@@ -96,6 +88,6 @@ def test_after_another_error_the_fault_is_logged_and_the_error_stays(tmp_path: P
 
 def test_a_writer_without_snapshots_starts_no_thread(tmp_path: Path) -> None:
     before = threading.active_count()
-    with CheckpointWriter(CheckpointManager(tmp_path)) as writer:
+    with closing(CheckpointWriter(CheckpointManager(tmp_path))) as writer:
         writer.settle()
         assert threading.active_count() == before
