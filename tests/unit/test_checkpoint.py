@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stacking import checkpoint
 from stacking.checkpoint import (
     MARKER,
     WEIGHTS,
@@ -289,3 +290,48 @@ def test_a_tag_is_a_name_and_no_path(tmp_path: Path) -> None:
     CheckpointManager(tmp_path / "a").save("stage1_end", snapshot(), state(1))
     with pytest.raises(CheckpointError, match="no committed checkpoint"):
         CheckpointManager(tmp_path / "b").load("../a/stage1_end")
+
+
+def test_a_bad_sector_leads_to_the_tag_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2):
+        manager.save(f"step_{step}", snapshot(), state(step))
+    whole = checkpoint._fingerprint
+
+    def fingerprint(path: Path) -> dict[str, object]:
+        if path.parent.name == "step_2" and path.suffix == ".safetensors":
+            raise OSError(5, "Input/output error")
+        return whole(path)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", fingerprint)
+    found, complaints = manager.latest_good()
+    assert found is not None
+    assert found.tag == "step_1"
+    assert ["Input/output error" in line for line in complaints] == [True]
+
+
+def test_all_files_of_a_tag_may_be_read_by_the_same_people(tmp_path: Path) -> None:
+    CheckpointManager(tmp_path).save("t", snapshot(), state(1))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "t").iterdir()}
+    assert set(modes.values()) == {modes["state.json"]}, modes
+    assert len(modes) == 4
+
+
+def test_a_rewind_that_is_cut_short_leaves_the_furthest_tags_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path, keep_last=9)
+    for step in (1, 2, 3):
+        manager.save(f"step_{step}", snapshot(), state(step))
+    moved = []
+
+    def rename(path: Path, target: Path) -> None:
+        moved.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        manager.rewind("step_1")
+    assert moved == ["step_3"]

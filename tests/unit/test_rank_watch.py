@@ -164,6 +164,20 @@ def test_an_error_of_all_is_nobodys_fault_and_of_one_is_told_after_the_grace() -
     )
 
 
+def test_a_mistake_of_the_users_is_told_as_one_unless_more_went_wrong() -> None:
+    ranks = Ranks(3)
+    ranks.states[1], ranks.details[1] = State.MISTAKE, "the mount is missing"
+    fault = ranks.expect(20)[1]
+    assert (fault.ranks, fault.is_mistake) == ((1,), True)
+    assert fault.text.endswith("the mount is missing")
+    ranks = Ranks(3)
+    ranks.states = [State.RUNNING, State.MISTAKE, State.ERROR]
+    assert not ranks.expect(20)[1].is_mistake
+    ranks = Ranks(3)
+    ranks.states[1], ranks.silent = State.MISTAKE, {2}
+    assert not ranks.expect(40)[1].is_mistake
+
+
 def test_an_error_that_broke_the_others_collectives_is_told_at_once() -> None:
     ranks = Ranks(3)
     ranks.states = [State.LOST, State.ERROR, State.LOST]
@@ -191,7 +205,7 @@ def test_beats_and_faults_travel_unchanged() -> None:
     beat = Beat(3, State.ERROR, Place(7, 2, "growing", 60.0), 'a "quoted" word')
     assert Beat.unpacked(beat.packed().encode()) == beat
     assert Beat.unpacked(b"") is None
-    fault = Fault("all is lost", (1, 2))
+    fault = Fault("all is lost", (1, 2), is_mistake=True)
     assert Fault.unpacked(fault.packed().encode()) == fault
     assert Fault.unpacked(b"") is None
 

@@ -108,3 +108,21 @@ def test_data_of_another_tokenizer_is_refused_and_the_runs_own_is_kept(tmp_path:
     with pytest.raises(ConfigError, match=r"vocab\.txt is not the one"):
         RunFolder(tmp_path / "run").create(RECIPE, tmp_path / "second")
     assert (folder.tokenizer / "vocab.txt").read_text() == "a\nb\n"
+
+
+def test_only_the_last_rewind_is_remembered(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "run")
+    assert not folder.was_rewound_to("stage1_end")
+    folder.note_rewind("stage1_end")
+    assert folder.was_rewound_to("stage1_end")
+    folder.note_rewind("step_00000004")
+    assert not RunFolder(tmp_path / "run").was_rewound_to("stage1_end")
+
+
+def test_a_half_written_tag_is_no_beginning(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(RECIPE, tmp_path)
+    hidden = folder.checkpoints / ".stage1_begin.7.tmp"
+    hidden.mkdir(parents=True)
+    (hidden / "COMMITTED").write_text("{}")
+    RunFolder(tmp_path / "run").check(RECIPE.model_copy(update={"seed": 5}), "never")

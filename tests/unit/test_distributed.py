@@ -1,0 +1,48 @@
+"""Faults of one rank and of all, and ranks that do not come; the rest needs ranks."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from stacking import distributed
+from stacking.errors import ConfigError, UserError
+
+
+def missing() -> str:
+    return Path("/no/such/file").read_text()
+
+
+def mistaken() -> str:
+    raise ConfigError("the mount is missing")
+
+
+@pytest.mark.parametrize("spread", [distributed.together, distributed.on_main])
+@pytest.mark.parametrize("step", [missing, mistaken])
+def test_what_the_user_has_to_mend_is_told_as_everybodys(spread, step) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError) as raised:
+        spread(step)
+    assert raised.value.is_everybodys
+    assert not ConfigError("alone").is_everybodys
+
+
+def test_an_error_without_a_file_stays_what_it_is() -> None:
+    def broken() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        distributed.together(broken)
+
+
+def test_ranks_that_do_not_come_are_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "node7"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    with distributed.telling_of_missing_ranks(after=0.05):
+        time.sleep(0.5)
+    assert "for all 3 ranks to meet at node7:29500" in capsys.readouterr().err
+    with distributed.telling_of_missing_ranks(after=0.3):
+        pass
+    time.sleep(0.5)
+    assert capsys.readouterr().err == ""
