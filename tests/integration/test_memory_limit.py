@@ -8,8 +8,8 @@ same, which is why offload to the CPU is dropped there. n: parameters of the las
     main rank of 4, ZeRO-3    5 n  its part of all that          + 12 n                   = 17 n
     each of the others        5 n
 
-so a limit of 22 n above what an idle process has refuses the first two and leaves the others room
-for activations and messages. The one full copy on the main rank is the host's, not the device's;
+so a limit of 25 n above what an idle process has refuses the first two and leaves the others room
+for activations and messages, also while a copy is written and training goes on. The one full copy on the main rank is the host's, not the device's;
 a process has one limit for both, and what the others need shows in their own peaks.
 """
 
@@ -31,7 +31,7 @@ from stacking.config_loading import load_recipe
 from stacking.growth.contract import parameter_shapes
 from stacking.snapshot import Snapshot
 
-BYTES_PER_PARAMETER = 22
+BYTES_PER_PARAMETER = 25
 RECIPE = ROOT / "launch" / "recipes" / "tiny_test.json"
 STAGES = [{"num_hidden_layers": 4, "steps": 3}, {"num_hidden_layers": 8, "steps": 2}]
 CHANGES = [
