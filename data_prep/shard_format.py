@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 from typing import Literal
 
 import h5py
@@ -240,7 +241,8 @@ def load_token_counts(data_dir: Path) -> npt.NDArray[np.int64] | None:
         require_plain(path)
         # Mapped: a header that says more than the file has allocates nothing.
         counts = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    # The last two are numpy's on a header that is no Python literal.
+    except (OSError, ValueError, EOFError, OverflowError, SyntaxError, TokenError) as error:
         raise ShardError(f"{path}: not a readable numpy array: {error}") from error
     if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 0).any():
         raise ShardError(

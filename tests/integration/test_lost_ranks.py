@@ -58,7 +58,7 @@ def start_ranks(ranks: int, data: Path, run_dir: Path) -> list[subprocess.Popen[
 @pytest.mark.parametrize(
     ("ranks", "lost", "how", "within"),
     [
-        (2, 1, signal.SIGKILL, 15.0),
+        pytest.param(2, 1, signal.SIGKILL, 15.0, marks=pytest.mark.slow),
         pytest.param(4, 0, signal.SIGKILL, 25.0, marks=pytest.mark.slow),
         pytest.param(2, 1, signal.SIGSTOP, DEAD_AFTER + 15.0, marks=pytest.mark.slow),
         pytest.param(2, 0, signal.SIGSTOP, DEAD_AFTER + 15.0, marks=pytest.mark.slow),

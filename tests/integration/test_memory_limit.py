@@ -9,8 +9,9 @@ same, which is why offload to the CPU is dropped there. n: parameters of the las
     each of the others        5 n
 
 so a limit of 25 n above what an idle process has refuses the first two and leaves the others room
-for activations and messages, also while a copy is written and training goes on. The one full copy on the main rank is the host's, not the device's;
-a process has one limit for both, and what the others need shows in their own peaks.
+for activations and messages, also while a copy is written and training goes on. The one full copy
+on the main rank is the host's, not the device's; a process has one limit for both, and what the
+others need shows in their own peaks.
 """
 
 import json

@@ -213,6 +213,7 @@ def run_of_21_stages(data: Path, run_dir: Path) -> tuple[list[int], dict[str, ob
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_job_of_twenty_switches_stays_flat_and_leaves_nothing(
     tiny_data: Path, tmp_path: Path
 ) -> None:

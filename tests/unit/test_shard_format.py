@@ -222,3 +222,14 @@ def test_token_counts_are_none_where_nobody_counted(tmp_path: Path) -> None:
     np.save(tmp_path / "token_counts.npy", np.array([[0.5]]))
     with pytest.raises(ShardError, match=r"float64 \[1, 1\]; expected int64"):
         load_token_counts(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [(b"(3,)", b"(3()"), (b"(3,)", b"3,) "), (b"'<i8'", b"'<i8]")])
+def test_token_counts_with_a_damaged_header_are_refused(
+    tmp_path: Path, damage: tuple[bytes, bytes]
+) -> None:
+    path = tmp_path / "token_counts.npy"
+    np.save(path, np.array([0, 3, 5]))
+    path.write_bytes(path.read_bytes().replace(*damage))
+    with pytest.raises(ShardError, match="not a readable numpy array"):
+        load_token_counts(tmp_path)
