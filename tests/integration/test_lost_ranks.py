@@ -61,7 +61,6 @@ def start_ranks(ranks: int, data: Path, run_dir: Path) -> list[subprocess.Popen[
         pytest.param(2, 1, signal.SIGKILL, 15.0, marks=pytest.mark.slow),
         pytest.param(4, 0, signal.SIGKILL, 25.0, marks=pytest.mark.slow),
         pytest.param(2, 1, signal.SIGSTOP, DEAD_AFTER + 15.0, marks=pytest.mark.slow),
-        pytest.param(2, 0, signal.SIGSTOP, DEAD_AFTER + 15.0, marks=pytest.mark.slow),
     ],
 )
 def test_the_others_end_with_code_4_and_the_lost_ranks_name(
