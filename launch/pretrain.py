@@ -12,7 +12,7 @@ from pathlib import Path
 from stacking import Trainer, distributed
 from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import load_deepspeed_config
-from stacking.errors import UserError
+from stacking.errors import UserError, is_users
 from stacking.stopping import StopLimits, parse_duration
 from stacking.trainer import Outcome
 
@@ -68,8 +68,8 @@ def main() -> int:
         )
         outcome = trainer.fit()
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise  # no file of the user's
+        if not is_users(error):
+            raise
         # One of all ranks is told once, one of a rank by it; before they meet, once a host.
         is_shared = getattr(error, "is_everybodys", False)
         is_hosts = distributed.local_rank() == 0

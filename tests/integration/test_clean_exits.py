@@ -71,8 +71,8 @@ def test_torchrun_starts_a_job_where_there_is_no_compiler_and_no_op_is_compiled(
 @pytest.mark.slow
 def test_mpirun_starts_a_job(short: list[object]) -> None:
     if shutil.which("mpirun") is None:
-        pytest.skip("needs mpirun")
-    pytest.importorskip("mpi4py")
+        pytest.skip("needs the program mpirun")
+    pytest.importorskip("mpi4py", reason="a job under mpirun needs the package mpi4py")
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable]
     done = alone([*command, str(LAUNCH / "pretrain.py"), *map(str, short)])
     assert done.returncode == 0, done.stdout + done.stderr
