@@ -45,12 +45,12 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[4, 16, 64])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = _rows(arguments.sequences, arguments.max_seq_length)
+    rows = random_rows(arguments.sequences, arguments.max_seq_length)
     num_tokens = int(np.count_nonzero(rows["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
         ours, peers = Path(folder, "ours"), Path(folder, "peer")
-        _write(ours, rows, 8, static=False)
-        _write(peers, rows, 8, static=True)
+        write_shards(ours, rows, 8, static=False)
+        write_shards(peers, rows, 8, static=True)
         speeds: dict[str, list[float]] = {"ours": [], "peer": []}
         for _ in range(arguments.rounds):
             for name, batches in (("ours", _our_batches(ours)), ("peer", _peer_batches(peers))):
@@ -74,7 +74,7 @@ def _memory(folder: Path, rows: np.ndarray, counts: list[int]) -> dict[int, floa
     part = rows[: len(rows) // 4]
     for count in counts:
         data = folder / f"shards_{count}"
-        _write(data, np.concatenate([part] * max(1, count // 8)), count, static=False)
+        write_shards(data, np.concatenate([part] * max(1, count // 8)), count, static=False)
         for _ in _our_batches(data):
             pass
         used[count] = round(process.memory_full_info().uss / 2**20, 1)
@@ -133,20 +133,32 @@ def _peer_batches(folder: Path) -> Iterator[object]:
         yield from DataLoader(_PeerDataset(path), batch_size=BATCH, shuffle=True)
 
 
-def _rows(count: int, length: int) -> np.ndarray:
-    """Rows of random ids, one in four half padded."""
+def random_rows(
+    count: int, length: int, vocab_size: int = VOCAB_SIZE, *, padded: bool = True
+) -> np.ndarray:
+    """Rows of random ids; `padded`: one in four has half of them."""
     generator = np.random.default_rng(1)
-    rows = np.zeros(count, row_type(length, VOCAB_SIZE, has_pairs=True))
-    rows["input_ids"] = generator.integers(1000, VOCAB_SIZE, (count, length), np.int32)
+    rows = np.zeros(count, row_type(length, vocab_size, has_pairs=True))
+    rows["input_ids"] = generator.integers(
+        1 + max(SPECIAL.values()), vocab_size, (count, length), np.int32
+    )
     rows["input_ids"][:, 0] = SPECIAL["cls"]
-    rows["input_ids"][::4, length // 2 :] = 0
+    if padded:
+        rows["input_ids"][::4, length // 2 :] = 0
     rows["next_sentence_labels"] = generator.integers(0, 2, count)
     return rows
 
 
-def _write(folder: Path, rows: np.ndarray, num_shards: int, static: bool) -> None:
+def write_shards(
+    folder: Path,
+    rows: np.ndarray,
+    num_shards: int,
+    static: bool = False,
+    vocab_size: int = VOCAB_SIZE,
+) -> None:
+    """A data folder of `rows`; `static`: with NVIDIA's masks."""
     folder.mkdir()
-    policy = MaskingPolicy(vocab_size=VOCAB_SIZE, special_token_ids=SPECIAL)
+    policy = MaskingPolicy(vocab_size=vocab_size, special_token_ids=SPECIAL)
     per_shard = len(rows) // num_shards // BATCH * BATCH
     layout = ShardLayout(rows_per_shard=per_shard, seed=1, pad_id=0, attributes={})
     if static:
@@ -163,7 +175,7 @@ def _write(folder: Path, rows: np.ndarray, num_shards: int, static: bool) -> Non
             dialect="nvidia" if static else "unmasked",
             max_seq_length=rows.dtype["input_ids"].shape[0],
             max_predictions_per_seq=20 if static else 0,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             tokenizer_sha256="",
             special_token_ids=SPECIAL,
             has_next_sentence_labels=True,

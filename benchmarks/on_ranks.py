@@ -8,7 +8,6 @@ from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from stacking import distributed
@@ -24,15 +23,18 @@ _Arguments = TypeVar("_Arguments")
 _Answer = TypeVar("_Answer")
 
 
-def on_ranks(task: Callable[[_Arguments], _Answer], ranks: int, arguments: _Arguments) -> _Answer:
-    """`task(arguments)` in `ranks` processes with one thread each; what rank 0 returned."""
+def on_ranks(
+    task: Callable[[_Arguments], _Answer], ranks: int, arguments: _Arguments, threads: int = 1
+) -> _Answer:
+    """`task(arguments)` in `ranks` processes with `threads` each; what rank 0 returned."""
     context = multiprocessing.get_context("spawn")
     answers: SimpleQueue[_Answer] = context.SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      LOCAL_SIZE=str(ranks), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # fmt: skip
+                      LOCAL_SIZE=str(ranks), OMP_NUM_THREADS=str(threads),
+                      DS_ACCELERATOR="cpu")  # fmt: skip
     processes = []
     for rank in range(ranks):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))  # a child inherits it
@@ -67,25 +69,26 @@ def predictions(seq_length: int) -> int:
     return int(PREDICTIONS_SHARE * seq_length)
 
 
+def random_batch(
+    config: BertConfig,
+    sequences: int,
+    seq_length: int,
+    number: int,
+    num_predictions: int | None = None,
+) -> MaskedLMBatch:
+    """The micro batch of one rank and step, without padding."""
+    generator = torch.Generator().manual_seed(1000 * number + distributed.rank())
+    ids = torch.randint(5, config.vocab_size, (sequences, seq_length), generator=generator)
+    masked = predictions(seq_length) if num_predictions is None else num_predictions
+    return MaskedLMBatch.whole(ids, masked)
+
+
 def step(
     built: TrainEngine, sequences: int, seq_length: int, number: int, rate: float = 1e-4
 ) -> float:
     """One optimizer step of one micro batch a rank; its MLM loss, mean over tokens."""
-    generator = torch.Generator().manual_seed(1000 * number + distributed.rank())
-    ids = torch.randint(5, built.config.vocab_size, (sequences, seq_length), generator=generator)
-    positions = torch.arange(1, 1 + predictions(seq_length)).expand(sequences, -1)
-    batch = MaskedLMBatch(
-        input_ids=ids,
-        token_type_ids=torch.zeros_like(ids),
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        masked_lm_positions=positions,
-        masked_lm_ids=ids.gather(1, positions),
-        next_sentence_labels=torch.zeros(sequences, dtype=torch.int64),
-        sample_indices=np.arange(sequences),
-        num_masked=positions.numel(),
-        num_real_tokens=ids.numel(),
-    )
-    counts = torch.tensor([float(positions.numel()), float(sequences)]) * distributed.world_size()
+    batch = random_batch(built.config, sequences, seq_length, number)
+    counts = torch.tensor([float(batch.num_masked), float(sequences)]) * distributed.world_size()
     totals = built.train_step([batch], learning_rate=rate, counts=counts, seed=number)
     return float(distributed.sum_over_ranks(totals.clone())[0] / counts[0])
 
@@ -101,6 +104,8 @@ def resolved(zero_stage: int, precision: str, sequences: int) -> ResolvedEngine:
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": 5_000_000},
     }
+    if precision == "bf16" and zero_stage == 1:  # as in deepspeed_configs/cpu_bf16.json
+        document["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision == "bf16_autocast":
         document["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return ResolvedEngine(

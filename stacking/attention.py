@@ -11,6 +11,7 @@ from stacking.config import BertConfig
 from stacking.functional import attend, attention_probabilities, dropout, gather_rows
 from stacking.layers import ZeroLinear
 from stacking.positions import Rotation, rotate
+from stacking.unpadding import Layout
 
 Asking = tuple[Tensor, Rotation | None]
 """Rows that ask where they are not those that answer: [B,R,H], and how their queries rotate."""
@@ -41,7 +42,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | Layout | None,
         rotation: Rotation | None,
         rows: Tensor | None = None,
         asking: Asking | None = None,
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
         """[B,S,H], additive [B,1,1,S] -> [B,S,H], and probabilities [B,N,R,S] where kept.
 
         With `rows` [B,R] only these ask: [B,R,H]. With `asking`, its rows ask, and those of
-        `hidden` answer: [B,R,H].
+        `hidden` answer: [B,R,H]. With a Layout as `bias`, `hidden` is [1,T,H] without padding.
         """
         if asking is None:
             query, key, value = self._project(hidden, rotation)
@@ -59,8 +60,11 @@ class SelfAttention(nn.Module):
             query = gather_rows(query.flatten(2), rows).view(
                 hidden.shape[0], -1, self.num_heads, hidden.shape[2] // self.num_heads
             )
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         dropout_p = self.dropout if self.training else 0.0
+        if isinstance(bias, Layout):
+            context = bias.attend(query, key, value, dropout_p, rows_ask=rows is not None)
+            return self.output(context), None
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         kept = attention_probabilities(query, key, bias) if self.keeps_probabilities else None
         if kept is None:
             context = attend(query, key, value, bias, dropout_p)

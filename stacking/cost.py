@@ -101,6 +101,7 @@ def memory_bytes(
     zero_stage: Literal[0, 1, 2, 3],
     world_size: int,
     bits: Literal[16, 32] = 16,
+    adds_up_fp32: bool = False,
     freeze: Freeze | None = None,
 ) -> StateBytes:
     """Bytes per rank of weights, gradients, fp32 masters and Adam's two fp32 moments.
@@ -109,6 +110,9 @@ def memory_bytes(
     state from stage 1 on, gradients from 2 on, weights in 3; shares are rounded up. Frozen
     parameters have weights only. DeepSpeed keeps masters apart from fp32 weights, too, from ZeRO 1
     on; its stage 3 keeps small tensors whole on each rank, which is not counted.
+
+    `adds_up_fp32`: bf16 with fp32 accumulation at ZeRO 1, where DeepSpeed's BF16_Optimizer has
+    whole gradients twice on each rank, in 16 and in 32 bits.
     """
     all_numbers, trained = num_parameters(config), trained_parameters(config, freeze)
 
@@ -116,12 +120,18 @@ def memory_bytes(
         return -(-number // world_size) if zero_stage >= from_stage else number
 
     has_masters = bits == 16 or zero_stage >= 1
+    has_both = adds_up_fp32 and bits == 16 and zero_stage == 1
     return StateBytes(
         weights=bits // 8 * share(all_numbers, 3),
-        gradients=bits // 8 * share(trained, 2),
+        gradients=(bits // 8 + (4 if has_both else 0)) * share(trained, 2),
         masters=4 * share(trained, 1) if has_masters else 0,
         moments=8 * share(trained, 1),
     )
+
+
+def checkpoint_bytes(config: BertConfig, freeze: Freeze | None = None) -> int:
+    """Bytes of a checkpoint's tensors at most: fp32 weights, two moments of what trains."""
+    return 4 * num_parameters(config) + 8 * trained_parameters(config, freeze)
 
 
 def pooled_length(config: BertConfig, seq_length: int, num_predictions: int) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "place_monitors",
     "resolve",
     "resolve_stages",
+    "resolved_precision",
 ]
 
 Precision = Literal["fp32", "fp16", "bf16", "bf16_autocast"]
@@ -57,9 +58,16 @@ class ResolvedEngine:
     apex_layer_norm: bool
     checkpoint_interval: int = 0  # every so many layers that train are recomputed; 0: none
     compile: Compile | None = None  # how the layers are compiled; None: not
+    unpads: bool = True  # leaves padding out, where the layers are not compiled
     notices: tuple[str, ...] = ()  # what differs from the JSON, one line each, for everybody
     debug_notices: tuple[str, ...] = ()  # differences that change no number
     client_optimizer: ClientOptimizer | None = None  # None: DeepSpeed makes it from the JSON
+
+    @property
+    def adds_up_fp32(self) -> bool:
+        """Whether the JSON has gradients added up in fp32."""
+        types = self.deepspeed.get("data_types")
+        return isinstance(types, dict) and types.get("grad_accum_dtype") == "fp32"
 
 
 def default_config_path() -> Path:
@@ -116,6 +124,7 @@ def resolve(
         log_every=settings.steps_per_print,
         apex_layer_norm=settings.apex.fused_layer_norm and accelerator.kind == "cuda",
         checkpoint_interval=_checkpoint_interval(settings),
+        unpads=settings.unpadding.enabled,
         compile=settings.compile if settings.compile.enabled else None,
         notices=tuple(notices),
         debug_notices=optimizer_notes(settings, accelerator),
@@ -176,6 +185,20 @@ def asked_precision(settings: EngineSettings) -> Precision:
     if settings.bf16.enabled:
         return "bf16"
     return "bf16_autocast" if settings.torch_autocast.enabled else "fp32"
+
+
+def resolved_precision(document: JsonObject) -> Precision:
+    """The precision of an engine that got `document`, ResolvedEngine's `deepspeed`."""
+
+    def asks(name: str) -> bool:
+        block = document.get(name)
+        return isinstance(block, dict) and bool(block.get("enabled"))
+
+    if asks("fp16"):
+        return "fp16"
+    if asks("bf16"):
+        return "bf16"
+    return "bf16_autocast" if asks("torch_autocast") else "fp32"
 
 
 def _checkpoint_interval(settings: EngineSettings) -> int:
@@ -282,7 +305,7 @@ def _history_faults(config: DeepSpeedConfig, recipe: Recipe) -> list[str]:
 def _with_precision(config: DeepSpeedConfig, given: Precision) -> JsonObject:
     """A copy for DeepSpeed, with the asked 16-bit type replaced where this device runs another."""
     document = copy.deepcopy(config.document)
-    for ours in ("apex", "activation_checkpointing", "compile"):
+    for ours in ("apex", "activation_checkpointing", "compile", "unpadding"):
         document.pop(ours, None)  # not DeepSpeed's
     settings = config.settings
     if settings.optimizer.type == "Muon" and settings.zero_optimization.stage == 3:
@@ -300,6 +323,9 @@ def _with_precision(config: DeepSpeedConfig, given: Precision) -> JsonObject:
         document["communication_data_type"] = given
     if document.get("data_types") == {"grad_accum_dtype": asked}:
         document["data_types"] = {"grad_accum_dtype": given}
+    if given == "bf16" and settings.zero_optimization.stage == 1:
+        # As in cpu_bf16.json: another optimizer of DeepSpeed's, and the fastest on a CPU.
+        document.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return document
 
 

@@ -309,6 +309,12 @@ class Compile(Frozen):
     )
 
 
+class Unpadding(Frozen):
+    """Ours, not DeepSpeed's: padding is not computed. Not together with `compile`."""
+
+    enabled: bool = True
+
+
 class EngineSettings(Frozen):
     """A whole DeepSpeed JSON: how the engine runs on given hardware."""
 
@@ -343,3 +349,4 @@ class EngineSettings(Frozen):
         default_factory=ActivationCheckpointing
     )
     compile: Compile = Field(default_factory=Compile)
+    unpadding: Unpadding = Field(default_factory=Unpadding)

@@ -15,6 +15,7 @@ from stacking.functional import additive_mask, dropout, gather_rows
 from stacking.layers import FeedForward, LayerNormFactory
 from stacking.pooling import Pooled
 from stacking.positions import RotaryTable, Rotation
+from stacking.unpadding import Layout
 
 
 class Encoder(nn.Module):
@@ -47,14 +48,43 @@ class Encoder(nn.Module):
         rows: Tensor | None,
         pooled: Pooled | None = None,
         frozen_layers: int = 0,
+        layout: Layout | None = None,
     ) -> Tensor:
         """[B,S,H] -> [B,S,H]; with `rows` [B,R] only these leave the last layer: [B,R,H].
 
         With `pooled`, its T rows go up instead, and `hidden` answers in the first layer only. The
-        bottom `frozen_layers` leave nothing for a backward pass.
+        bottom `frozen_layers` leave nothing for a backward pass. With `layout`, which says what
+        `attention_mask` does, and no pooling, nothing is computed for padding.
         """
+        if layout is not None:
+            return self._without_padding(hidden, layout, rows, frozen_layers)
         bias = None if attention_mask is None else additive_mask(attention_mask, hidden.dtype)
         rotation = None if self.rotary is None else self.rotary.lookup(hidden.shape[1], hidden)
+        return self._climb(hidden, bias, rotation, rows, pooled, frozen_layers)
+
+    def _without_padding(
+        self, hidden: Tensor, layout: Layout, rows: Tensor | None, frozen_layers: int
+    ) -> Tensor:
+        rotation = None
+        if self.rotary is not None:
+            tables = self.rotary.lookup(hidden.shape[1], hidden)
+            positions = layout.positions()
+            rotation = (tables[0][positions], tables[1][positions])
+        asking = None if rows is None else layout.rows(rows)
+        tokens = layout.unpad(hidden)
+        found = self._climb(tokens, layout, rotation, asking, None, frozen_layers)
+        return layout.pad(found) if rows is None else found.view(*rows.shape, -1)
+
+    def _climb(
+        self,
+        hidden: Tensor,
+        bias: Tensor | Layout | None,
+        rotation: Rotation | None,
+        rows: Tensor | None,
+        pooled: Pooled | None,
+        frozen_layers: int,
+    ) -> Tensor:
+        """Through all layers and the final LayerNorm."""
         asking: Asking | None = None
         probabilities: Tensor | None = None
         last = len(self.layers) - 1
@@ -124,7 +154,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        bias: Tensor | None,
+        bias: Tensor | Layout | None,
         rotation: Rotation | None,
         rows: Tensor | None,
         asking: Asking | None = None,

@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stacking import distributed
+from stacking.backbone import BertBackbone
 from stacking.config import BertConfig
 from stacking.errors import ConfigError
-from stacking.modeling import BertForPreTraining
+from stacking.layers import LayerNormFactory
 
 try:
     import deepspeed
@@ -20,16 +21,22 @@ except ImportError:  # engine.start() says what to install
     deepspeed = None
 
 
+ModelMaker = Callable[[BertConfig, LayerNormFactory], BertBackbone]
+"""Makes the model of a config, such as the class BertForPreTraining."""
+
+
 def build_module(
+    make: ModelMaker,
     config: BertConfig,
     weights: Mapping[str, Tensor],
     document: Mapping[str, object],
     device: torch.device,
     apex_layer_norm: bool = False,
-) -> BertForPreTraining:
+) -> BertBackbone:
     """A module on the CPU with the main rank's fp32 `weights`; others' may be empty. Collective.
 
     Args:
+        make: makes it.
         config: its sizes.
         weights: by parameter name.
         document: the DeepSpeed JSON. At ZeRO-3 every layer is parted over the ranks as soon as it
@@ -39,7 +46,7 @@ def build_module(
     """
     layer_norm = _layer_norm(apex_layer_norm)
     with _parted(document) if zero_stage(document) == 3 else nullcontext():
-        model = BertForPreTraining(config, layer_norm=layer_norm)
+        model = make(config, layer_norm)
     for name, parameter in model.named_parameters():
         with _whole(parameter), torch.no_grad():
             there = torch.empty_like(parameter, dtype=torch.float32, device=device)
@@ -47,10 +54,10 @@ def build_module(
     return model
 
 
-def blueprint(config: BertConfig) -> BertForPreTraining:
+def blueprint(make: ModelMaker, config: BertConfig) -> BertBackbone:
     """The module's names and shapes; allocates nothing."""
     with torch.device("meta"):
-        return BertForPreTraining(config)
+        return make(config, nn.LayerNorm)
 
 
 def zero_stage(document: Mapping[str, object]) -> int:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from stacking import distributed
+from stacking.backbone import BertBackbone
 from stacking.deepspeed_config import ResolvedEngine
 from stacking.deepspeed_schema import Compile
-from stacking.modeling import BertForPreTraining
 
 _MOST_GRAPHS = 64
 """Of a layer's forward; torch gives up at 8. Mask or none, all rows or some, pooled or not, with
 gradients or without: 16, each for one size and for all, and some room."""
 
 
-def apply(model: BertForPreTraining, resolved: ResolvedEngine) -> None:
+def apply(model: BertBackbone, resolved: ResolvedEngine) -> None:
     """Make `model` compute as asked. The numbers of fp32 stay; compiled dropout draws its own.
 
     What cannot be compiled here fails in the first step: see `settle`.

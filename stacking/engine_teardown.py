@@ -4,10 +4,13 @@
 """
 
 import gc
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+
+from stacking import distributed
 
 try:
     from deepspeed.accelerator import get_accelerator
@@ -35,17 +38,19 @@ def tear_down(engine: Any) -> None:  # DeepSpeed ships no types
 
 
 def collect() -> None:
-    """Free what only cycles hold, and the device's cache."""
+    """Free what only cycles hold, and give back the device's and the host's free memory."""
     gc.collect()
     get_accelerator().empty_cache()
+    distributed.release_memory()
 
 
 def _close_monitors(engine: Any) -> None:  # DeepSpeed ships no types
-    """Close the TensorBoard writer, which engine.destroy() forgets."""
+    """Close the TensorBoard writer, which engine.destroy() forgets; a full disk is no matter."""
     monitor = getattr(getattr(engine, "monitor", None), "tb_monitor", None)
     writer = getattr(monitor, "summary_writer", None)
     if writer is not None:
-        writer.close()
+        with suppress(OSError):
+            writer.close()
 
 
 def _release_zero3_globals(module: nn.Module) -> None:

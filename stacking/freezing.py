@@ -4,10 +4,10 @@ Frozen are the embeddings and the bottom layers; layers above, the last LayerNor
 train. The MLM decoder's matrix, which may be the word embedding, trains only where asked to.
 """
 
+from stacking.backbone import BertBackbone
 from stacking.config import BertConfig, Freeze
 from stacking.errors import ConfigError
 from stacking.growth.contract import parameter_shapes
-from stacking.modeling import BertForPreTraining
 
 _LAYER = "encoder.layers."
 
@@ -25,16 +25,16 @@ def trained_names(config: BertConfig, freeze: Freeze | None) -> frozenset[str]:
     return frozenset(name for name in names if _is_trained(name, config, freeze))
 
 
-def apply_freeze(model: BertForPreTraining, freeze: Freeze | None) -> None:
+def apply_freeze(model: BertBackbone, freeze: Freeze | None) -> None:
     """Make exactly `trained_names` require gradients, and the forward stop below them.
 
     Gradients that frozen parameters hold are dropped. Call it before an optimizer or engine is
-    built; with None it thaws.
+    built; with None it thaws, any model.
     """
-    trained = trained_names(model.config, freeze)
+    trained = None if freeze is None else trained_names(model.config, freeze)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-        if name not in trained:
+        parameter.requires_grad_(trained is None or name in trained)
+        if not parameter.requires_grad:
             parameter.grad = None
     model.frozen_layers = 0 if freeze is None else freeze.layers
     model.frozen_dropout = freeze is None or freeze.dropout

@@ -69,11 +69,12 @@ def segment_vectors(weight: Tensor, token_type_ids: Tensor | None) -> Tensor:
 
 
 def dropout(hidden: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout that costs nothing where it does nothing, and on a CPU half of what torch's costs.
+    """Dropout that costs nothing where it does nothing, and on a CPU a part of what torch's costs.
 
     Torch draws one 32-bit number an element; 16 bits decide as well (a probability of 0.1 becomes
-    0.100006), so four elements share one 64-bit number: 1.3 against 3.2 ms, forward and backward,
-    for 2,048 x 256 in bf16. The numbers come from torch's global CPU generator, as usual.
+    0.100006), so four elements share one 64-bit number, and in 16 bits that number's own memory
+    becomes the factors: see docs/performance.md. The numbers come from torch's global CPU
+    generator, as usual.
     """
     if not training or probability == 0.0:
         return hidden
@@ -92,8 +93,13 @@ class _CpuDropout(torch.autograd.Function):
         threshold = round(probability * 2**16)
         words = torch.empty(-(-hidden.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
-        kept = (bits >= threshold - 2**15).to(hidden.dtype)
-        factors = kept.mul_(1 / (1 - threshold / 2**16))
+        kept = bits.ge_(threshold - 2**15)  # 0 or 1
+        scale = torch.tensor(1 / (1 - threshold / 2**16), dtype=hidden.dtype)
+        if hidden.element_size() == 2:
+            # Times the number whose bits are those of `scale`: no pass that changes the type.
+            factors = kept.mul_(int(scale.view(torch.int16))).view(hidden.dtype)
+        else:
+            factors = kept.to(hidden.dtype).mul_(scale)
         ctx.save_for_backward(factors)
         return hidden * factors
 

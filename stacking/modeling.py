@@ -12,43 +12,27 @@ that are left out influence nothing. With a frozen prefix (MSLT, Yang et al. 202
 bottom layers run without a record for the backward pass.
 """
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stacking.backbone import BertBackbone
 from stacking.config import BertConfig
-from stacking.encoder import Encoder
-from stacking.functional import dropout, gather_rows, segment_vectors
-from stacking.layers import ACTIVATIONS, LayerNormFactory, ZeroEmbedding, ZeroLinear
-from stacking.pooling import Streams, pool_rows, split_streams
-from stacking.positions import SinusoidalTable
-
-IGNORED_LABEL = -100
+from stacking.functional import gather_rows
+from stacking.layers import ACTIVATIONS, LayerNormFactory, ZeroLinear
+from stacking.masked_lm_loss import IGNORED_LABEL, masked_lm_loss
+from stacking.pooling import Streams, split_streams
+from stacking.unpadding import Layout
 
 
-class BertForPreTraining(nn.Module):
-    """Encoder, MLM head and optional next-sentence head.
+class BertForPreTraining(BertBackbone):
+    """Encoder, MLM head and optional next-sentence head."""
 
-    Weights start at zero (LayerNorm at identity), so that building is cheap: call `init_weights`,
-    or load a state.
-
-    Attributes:
-        frozen_layers: in training mode the embeddings and so many bottom layers leave nothing for
-            the backward pass; 0: everything does. See stacking/freezing.py, which sets it.
-        frozen_dropout: whether dropout is on in the frozen part.
-    """
+    loss_names = ("mlm_loss_sum", "nsp_loss_sum")
+    count_names = ("mlm_correct",)
 
     def __init__(self, config: BertConfig, layer_norm: LayerNormFactory = nn.LayerNorm) -> None:
-        super().__init__()
-        self.config = config
-        self.frozen_layers = 0
-        self.frozen_dropout = True
-        self.embeddings = Embeddings(config, layer_norm)
-        self.encoder = Encoder(config, layer_norm)
+        super().__init__(config, layer_norm)
         self.mlm_head = MaskedLMHead(config, layer_norm)
         self.nsp_head = NextSentenceHead(config) if config.num_nsp_labels else None
 
@@ -60,6 +44,7 @@ class BertForPreTraining(nn.Module):
         masked_lm_positions: Tensor | None = None,
         masked_lm_ids: Tensor | None = None,
         next_sentence_labels: Tensor | None = None,
+        layout: Layout | None = None,
     ) -> dict[str, Tensor]:
         """Sums of the losses when `masked_lm_ids` is given, logits otherwise.
 
@@ -72,6 +57,8 @@ class BertForPreTraining(nn.Module):
                 pooling the positions are distinct and 0 is filling, since [CLS] stands there.
             masked_lm_ids: [B,P] true ids, -100 where the entry is filling.
             next_sentence_labels: [B], 1 = the second segment is random, -100 = ignored row.
+            layout: of `attention_mask` (unpadding.py): nothing is computed for padding. Needs
+                `masked_lm_ids`, no pooling and no shared attention.
 
         Returns:
             With `masked_lm_ids`: mlm_loss_sum (fp32, summed over non-ignored entries), mlm_correct
@@ -87,7 +74,7 @@ class BertForPreTraining(nn.Module):
             rows = _rows_with_loss(masked_lm_positions, with_nsp)
         else:
             rows = streams.rows_with_loss(with_nsp)
-        hidden = self._encode(input_ids, token_type_ids, attention_mask, streams, rows)
+        hidden = self.encode(input_ids, token_type_ids, attention_mask, streams, rows, layout)
         first, masked = hidden[:, 0], hidden[:, 1:] if with_nsp and rows is not None else hidden
         losses = self._masked_lm_losses(masked, masked_lm_ids)
         if self.nsp_head is not None and next_sentence_labels is not None:
@@ -96,9 +83,12 @@ class BertForPreTraining(nn.Module):
 
     def decode(self, hidden: Tensor) -> Tensor:
         """[..., H] hidden states -> [..., V] logits."""
-        transformed: Tensor = self.mlm_head(hidden)
+        return F.linear(self.mlm_head(hidden), self._decoder_weight(), self.mlm_head.bias)
+
+    def _decoder_weight(self) -> Tensor:
+        """[V,H]."""
         decoder = self.mlm_head.decoder or self.embeddings.word_embeddings
-        return F.linear(transformed, decoder.weight, self.mlm_head.bias)
+        return decoder.weight
 
     def _streams(
         self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None
@@ -113,30 +103,6 @@ class BertForPreTraining(nn.Module):
             pooling_size=self.config.pooling_size,
         )
 
-    def _encode(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        streams: Streams | None,
-        rows: Tensor | None,
-    ) -> Tensor:
-        """[B,S] -> [B,S,H], pooled [B,T,H]; with `rows` [B,R] only these: [B,R,H]."""
-        frozen = self.frozen_layers if self.training else 0
-        still = [] if self.frozen_dropout else [self.embeddings, *self.encoder.layers][: 1 + frozen]
-        with _evaluating(still) if frozen else nullcontext():
-            with torch.no_grad() if frozen else nullcontext():
-                hidden: Tensor = self.embeddings(input_ids, token_type_ids)
-                pooled = None
-                if streams is not None:
-                    pooled = (
-                        pool_rows(hidden, streams, self.config.pooling, self.embeddings.pooling),
-                        streams.mask,
-                        streams.positions() if self.config.position == "rotary" else None,
-                    )
-            encoded: Tensor = self.encoder(hidden, attention_mask, rows, pooled, frozen)
-        return encoded
-
     def _logits(
         self,
         input_ids: Tensor,
@@ -145,7 +111,7 @@ class BertForPreTraining(nn.Module):
         positions: Tensor | None,
     ) -> dict[str, Tensor]:
         streams = self._streams(input_ids, attention_mask, positions)
-        hidden = self._encode(input_ids, token_type_ids, attention_mask, streams, None)
+        hidden = self.encode(input_ids, token_type_ids, attention_mask, streams, None)
         if positions is None:
             selected = hidden
         elif streams is None:
@@ -165,55 +131,10 @@ class BertForPreTraining(nn.Module):
         ):  # On an accelerator a shape that depends on data would stall the stream.
             kept = labels != IGNORED_LABEL
             hidden, labels = hidden[kept], labels[kept]
-        logits = self.decode(hidden).float()
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-        with torch.no_grad():
-            correct = (logits.argmax(-1) == labels).sum()
+        loss, correct = masked_lm_loss(
+            self.mlm_head(hidden), self._decoder_weight(), self.mlm_head.bias, labels
+        )
         return {"mlm_loss_sum": loss, "mlm_correct": correct}
-
-
-class Embeddings(nn.Module):
-    """Word + segment + position vectors, then optional LayerNorm, then dropout."""
-
-    def __init__(self, config: BertConfig, layer_norm: LayerNormFactory) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.word_embeddings = ZeroEmbedding(
-            config.vocab_size, size, padding_idx=config.pad_token_id
-        )
-        self.position_embeddings = (
-            ZeroEmbedding(config.max_position_embeddings, size)
-            if config.position == "learned"
-            else None
-        )
-        self.token_type_embeddings = (
-            ZeroEmbedding(config.type_vocab_size, size) if config.type_vocab_size else None
-        )
-        self.layer_norm = (
-            layer_norm(size, config.layer_norm_eps, True) if config.embedding_layer_norm else None
-        )
-        self.pooling = (
-            ZeroLinear(config.pooling_size * size, size) if config.pooling == "concat" else None
-        )
-        """Used by pooling.py, behind LayerNorm and dropout."""
-        self.scale = math.sqrt(size) if config.embedding_scale else 1.0
-        self.dropout = config.hidden_dropout_prob
-        self.sinusoids = SinusoidalTable(size) if config.position == "sinusoidal" else None
-
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """[B,S] ids and segments -> [B,S,H]."""
-        hidden: Tensor = self.word_embeddings(input_ids)
-        if self.scale != 1.0:
-            hidden = hidden * self.scale
-        if self.position_embeddings is not None:
-            hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
-        if self.sinusoids is not None:
-            hidden = hidden + self.sinusoids.lookup(input_ids.shape[1], hidden)
-        if self.token_type_embeddings is not None:
-            hidden = hidden + segment_vectors(self.token_type_embeddings.weight, token_type_ids)
-        if self.layer_norm is not None:
-            hidden = self.layer_norm(hidden)
-        return dropout(hidden, self.dropout, self.training)
 
 
 class MaskedLMHead(nn.Module):
@@ -272,7 +193,7 @@ def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_weights(model: BertForPreTraining, generator: torch.Generator) -> None:
+def init_weights(model: BertBackbone, generator: torch.Generator) -> None:
     """Initialise as BERT does: matrices normal(0, initializer_range), biases 0, padding row 0."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -288,16 +209,3 @@ def _rows_with_loss(masked_lm_positions: Tensor | None, with_nsp: bool) -> Tenso
     if masked_lm_positions is None or not with_nsp:
         return masked_lm_positions
     return F.pad(masked_lm_positions, (1, 0))
-
-
-@contextmanager
-def _evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Modules that are in training mode, without dropout for a while."""
-    modules = list(modules)
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.train()

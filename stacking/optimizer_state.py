@@ -15,6 +15,7 @@ from stacking import distributed
 from stacking.errors import CheckpointError
 from stacking.parameter_groups import ParameterGroup
 from stacking.snapshot import MOMENTS, MOMENTUM, Snapshot
+from stacking.state_parts import Part, gather_parts
 
 # Names of the flat fp32 partitions in DeepSpeed's ZeRO optimizers: stages 1-2, 3, BF16_Optimizer.
 _FLAT_PARTITIONS = (
@@ -48,18 +49,24 @@ class OptimizerState:
             self._write_moments(snapshot.moments)
 
     def read(self) -> Snapshot | None:
-        """All of it on the main rank's CPU; None elsewhere, where one tensor at a time is whole."""
+        """All of it on the main rank's CPU; None elsewhere, where no tensor is made whole."""
         counts = self._counts()
         self._link_moments()
-        weights: dict[str, Tensor] = {}
+        wanted = [
+            (index, key, name)
+            for index, group in enumerate(self._groups)
+            for key, name in product(group.moments, group.names) if name in counts
+        ]  # fmt: skip
+        parts = [_part(parameter) for parameter in self._trained.values()]
+        parts += [self._moment(index, key, name) for index, key, name in wanted]
+        wholes = gather_parts(parts, self._engine.device)
+        if wholes is None:
+            return None
+        weights = dict(zip(self._trained, wholes, strict=False))
         moments: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self._trained.items():
-            _keep(weights, name, _full(parameter))
-        for index, group in enumerate(self._groups):
-            for key, name in product(group.moments, group.names):
-                if name in counts:
-                    _keep(moments.setdefault(key, {}), name, self._moment(index, name, key))
-        return Snapshot(weights, moments, counts) if distributed.is_main() else None
+        for (_, key, name), whole in zip(wanted, wholes[len(weights) :], strict=True):
+            moments.setdefault(key, {})[name] = whole
+        return Snapshot(weights, moments, counts)
 
     def _sent(self, parameter: nn.Parameter, value: Tensor | None) -> Tensor:
         """The main rank's fp32 `value` for `parameter`, whole, on every rank's device."""
@@ -132,19 +139,17 @@ class OptimizerState:
                 else:
                     _write_full(parameter, value, key)
 
-    def _moment(self, index: int, name: str, key: str) -> Tensor:
+    def _moment(self, index: int, key: str, name: str) -> Part:
+        """This rank's part of moment `key` of a parameter in group `index`."""
         parameter = self._trained[name]
         if not self._flats():
-            moment = self._base.state[parameter][key]
-            assert isinstance(moment, Tensor)
-            return moment
+            return _replica(self._base.state[parameter][key])
         if key != MOMENTUM or not self._keeps_whole_momenta():
-            return _full(parameter, key)
+            return _part(parameter, key)
         holders = self._wrapper.param_to_partition_ids[index][self._wrapper.get_param_id(parameter)]
-        whole = torch.zeros(parameter.shape, device=self._engine.device)
-        if distributed.rank() == min(holders):
-            whole.copy_(self._whole_momenta(index)[name])
-        return distributed.sum_over_ranks(whole)
+        if distributed.rank() != min(holders):
+            return Part.nothing(parameter.shape)
+        return Part.whole(self._whole_momenta(index)[name])
 
     def _keeps_whole_momenta(self) -> bool:
         """Whether Muon's momentum of a matrix is whole on every rank with a part: ZeRO 1 and 2."""
@@ -209,17 +214,32 @@ def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.partition(".")[0] == "apex"
 
 
-def _full(parameter: nn.Parameter, key: str | None = None) -> Tensor:
-    """The whole fp32 weight, or moment `key`, put together from all ranks' parts."""
-    full: Tensor
+def _part(parameter: nn.Parameter, key: str | None = None) -> Part:
+    """This rank's part of the fp32 weight, or of moment `key`."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
-        full = parameter._z3_optimizer.get_full_hp_param(parameter, key)  # type: ignore[attr-defined]
-    elif hasattr(parameter, "_hp_mapping"):
-        full = parameter.get_full_hp_param(key)  # type: ignore[attr-defined]
-    else:  # ZeRO-0 has no master apart from the parameter, and fp32 there (16 bits are refused).
+        shape, each = parameter.ds_shape, parameter.partition_numel()  # type: ignore[attr-defined]
+        start = min(distributed.rank() * each, shape.numel())
+        optimizer = parameter._z3_optimizer  # type: ignore[attr-defined]
+        return Part(
+            shape, start, min(each, shape.numel() - start),
+            lambda: optimizer.get_local_fp32_param(parameter, key),
+        )  # fmt: skip
+    if not hasattr(parameter, "_hp_mapping"):
+        # ZeRO-0 has no master apart from the parameter, and fp32 there (16 bits are refused).
         assert key is None
-        full = parameter.detach()
-    return full
+        return _replica(parameter)
+    mapping: Any = parameter._hp_mapping
+    if mapping is None:
+        return Part.nothing(parameter.shape)
+    place = mapping.lp_fragment_address
+    return Part(
+        parameter.shape, place.start, place.numel, lambda: mapping.get_hp_fragment(key)
+    )  # fmt: skip
+
+
+def _replica(tensor: Tensor) -> Part:
+    """Of a tensor that each rank holds whole: the main rank's serves."""
+    return Part.whole(tensor) if distributed.is_main() else Part.nothing(tensor.shape)
 
 
 def _write_full(parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
@@ -235,9 +255,3 @@ def _write_full(parameter: nn.Parameter, value: Tensor, key: str | None = None) 
         optimizer.set_local_hp_param(mine, parameter, key)
     elif hasattr(parameter, "_hp_mapping"):
         parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
-
-
-def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """On the main rank a CPU copy, that is no view of a flat buffer, which it would keep alive."""
-    if distributed.is_main():
-        kept[name] = tensor.detach().float().cpu().clone()

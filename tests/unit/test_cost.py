@@ -162,6 +162,9 @@ def test_memory_of_bert_base_by_zero_stage() -> None:
         held = memory_bytes(config, zero_stage=zero_stage, world_size=4)
         assert held.total == expected[zero_stage] * numbers
         assert held.total == held.weights + held.gradients + held.masters + held.moments
+        twice = memory_bytes(config, zero_stage=zero_stage, world_size=4, adds_up_fp32=True)
+        more = 4 * numbers if zero_stage == 1 else 0  # whole on each rank
+        assert twice.total - held.total == twice.gradients - held.gradients == more
     plain = memory_bytes(config, zero_stage=0, world_size=1, bits=32)
     assert (plain.masters, plain.total) == (0, 16 * numbers)
     assert memory_bytes(config, zero_stage=1, world_size=1, bits=32).masters == 4 * numbers

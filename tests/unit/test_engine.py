@@ -3,15 +3,18 @@
 A failure here names what a new DeepSpeed release changed: mend or drop that work-around.
 """
 
+import errno
 import importlib
 import inspect
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from stacking import engine_module
+from stacking import engine_module, engine_teardown
+from stacking.engine import TrainEngine
 from stacking.errors import ConfigError
 
 deepspeed = sys.modules["deepspeed"]
@@ -47,12 +50,31 @@ def test_the_private_names_of_the_flat_state_exist() -> None:
     assert "self.fp32_partitioned_groups_flat" in stage3
     assert "self.sub_group_to_group_id[sub_group_idx] = " in stage3
     assert "._z3_optimizer = " in stage3
-    for name in ("get_full_hp_param", "get_local_fp32_param", "set_local_hp_param"):
+    for name in ("get_local_fp32_param", "set_local_hp_param"):
         assert f"def {name}" in stage3
     fragments = source_of(modules["deepspeed.utils.tensor_fragment"])
-    for name in ("get_full_hp_param", "set_full_hp_param"):
-        assert f"param.{name}(" in fragments
+    assert "param.set_full_hp_param(" in fragments
+    assert "def get_hp_fragment(self, optim_state_key=None)" in fragments
+    assert "lp_fragment_address: fragment_address" in fragments
     assert "hasattr(param, '_hp_mapping')" in fragments
+    partition = source_of(sys.modules["deepspeed.runtime.zero.partition_parameters"])
+    assert "param.partition_numel = partition_numel" in partition
+
+
+def test_the_private_names_of_the_gradients_exist() -> None:
+    modules = sys.modules
+    for stage, offloads in (("stage_1_and_2", "cpu_offload"), ("stage3", "offload_optimizer")):
+        text = source_of(modules[f"deepspeed.runtime.zero.{stage}"])
+        assert "self.get_grad_norm_direct(self.averaged_gradients[i]" in text
+        assert f"self.{offloads} = " in text
+    bf16 = source_of(modules["deepspeed.runtime.bf16_optimizer"])
+    assert "non_expert_grads_for_norm.append(self.fp32_groups_gradients[i][j])" in bf16
+    assert "self.global_steps += 1" in source_of(deepspeed.DeepSpeedEngine)
+
+
+def test_one_optimizer_still_prints_about_memory() -> None:
+    text = source_of(sys.modules["deepspeed.runtime.bf16_optimizer"])
+    assert "see_memory_usage('begin bf16_optimizer', force=True)" in text, "drop prints_to_log"
 
 
 def test_the_shared_memory_op_is_still_built_through_the_hook_that_we_replace() -> None:
@@ -144,3 +166,31 @@ def test_without_deepspeed_training_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install deepspeed" in done.stdout, done.stderr
+
+
+class FullDisk:
+    """Stands for DeepSpeed's monitors, and for TensorBoard's writer, on a disk without room."""
+
+    enabled = True
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.tb_monitor = SimpleNamespace(summary_writer=self)
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        self.calls += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        self.write_events([])
+
+
+def test_a_full_disk_ends_the_monitors_and_not_the_run() -> None:
+    built, disk = object.__new__(TrainEngine), FullDisk()
+    built._engine = SimpleNamespace(monitor=disk)
+    with pytest.warns(UserWarning, match="the monitors write no more: .*No space left"):
+        built.write_monitor([("Train/loss", 1.0, 1)])
+    built.write_monitor([("Train/loss", 1.0, 2)])
+    assert disk.calls == 1
+    engine_teardown._close_monitors(built._engine)
+    assert disk.calls == 2

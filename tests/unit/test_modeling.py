@@ -14,7 +14,8 @@ from stacking.encoder import EncoderLayer
 from stacking.functional import attend, dropout, gather_rows
 from stacking.hf import home_config
 from stacking.hf_homes import BERT, from_home, to_home
-from stacking.modeling import IGNORED_LABEL, BertForPreTraining, init_weights, next_sentence_loss
+from stacking.masked_lm_loss import IGNORED_LABEL
+from stacking.modeling import BertForPreTraining, init_weights, next_sentence_loss
 from stacking.positions import RotaryTable, SinusoidalTable
 
 SIZE = BertConfig(
@@ -352,7 +353,7 @@ def test_dropout_only_in_training() -> None:
     assert model(**inputs)["mlm_loss_sum"] == model(**inputs)["mlm_loss_sum"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_dropout_drops_its_share_and_keeps_the_mean(probability: float, dtype: torch.dtype) -> None:
     """Share of zeros within 4 sigma; survivors scaled; the gradient uses the very same factors."""
@@ -363,6 +364,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(probability: float, dtype: t
     sigma = (probability * (1 - probability) / hidden.numel()) ** 0.5
     assert share == pytest.approx(probability, abs=4 * sigma + 2**-16)
     assert output.max().item() == pytest.approx(1 / (1 - probability), rel=2**-8)
+    assert len(set(output.flatten().tolist())) == 2
     torch.autograd.backward([output.sum()])
     assert hidden.grad is not None
     assert torch.equal(hidden.grad, output.detach())
