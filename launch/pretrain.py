@@ -3,6 +3,8 @@
 example (2 ranks on one machine):
   deepspeed --num_accelerators 2 launch/pretrain.py --recipe launch/recipes/demo.json \\
       --data DATA_DIR --run-dir RUN_DIR
+
+A recipe's branches follow in RUN_DIR/branches, each a run of its own.
 """
 
 import argparse
@@ -13,7 +15,9 @@ from stacking import Trainer, distributed
 from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import load_deepspeed_config
 from stacking.errors import UserError, is_users
+from stacking.run_branch import Trunk
 from stacking.stopping import StopLimits, parse_duration
+from stacking.study import Run, Study
 from stacking.trainer import Outcome
 
 
@@ -32,12 +36,12 @@ def parse_arguments() -> argparse.Namespace:
         help="change one recipe value, such as learning_rate.peak=1e-3; repeatable")  # fmt: skip
     add("--resume", default="auto", metavar="auto|never|TAG",
         help="continue a run (default), insist on a new one, or continue a tag")  # fmt: skip
-    add(
-        "--time-limit",
-        default=None,
-        metavar="2h",
-        help="stop after this time, committed and resumable, with exit code 3 (2h, 90m, 1d12h)",
-    )
+    add("--branch-from", default=None, metavar="RUN@STEP",
+        help="begin a new run at a saved step of another one, whose steps until there must be "
+        "those of this recipe; nothing is copied but its metrics")  # fmt: skip
+    add("--time-limit", default=None, metavar="2h",
+        help="stop after this time, committed and resumable, with exit code 3 "
+        "(2h, 90m, 1d12h)")  # fmt: skip
     add("--max-steps", type=int, default=None, metavar="N",
         help="stop likewise when the whole run has done N optimizer steps")  # fmt: skip
     add("--hang-timeout", default="5m", metavar="5m",
@@ -51,32 +55,41 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """0 done, 1 our bug, 2 the user's mistake, 3 stopped early and resumable, 4 a rank was lost."""
     arguments = parse_arguments()
-    trainer = None
+    study = None
     try:
-        trainer = Trainer(
-            load_recipe(arguments.recipe, arguments.set),
-            load_deepspeed_config(arguments.deepspeed_config),
-            data_dir=arguments.data,
-            run_dir=arguments.run_dir,
-            resume=arguments.resume,
-            strict_precision=arguments.strict_precision,
-            limits=StopLimits(
-                None if arguments.time_limit is None else parse_duration(arguments.time_limit),
-                arguments.max_steps,
-            ),
-            hang_timeout=parse_duration(arguments.hang_timeout, "--hang-timeout"),
-        )
-        outcome = trainer.fit()
+        trunk = None if arguments.branch_from is None else Trunk.parse(arguments.branch_from)
+        run = Run(load_recipe(arguments.recipe, arguments.set), arguments.run_dir, trunk)
+        seconds = None if arguments.time_limit is None else parse_duration(arguments.time_limit)
+        limits = StopLimits(seconds, arguments.max_steps)
+        hang_timeout = parse_duration(arguments.hang_timeout, "--hang-timeout")
+        study = Study(run, lambda run, limits: trainer_of(run, limits, hang_timeout, arguments))
+        return 0 if study.fit(limits, hang_timeout) is Outcome.DONE else 3
     except (UserError, OSError) as error:
         if not is_users(error):
             raise
         # One of all ranks is told once, one of a rank by it; before they meet, once a host.
         is_shared = getattr(error, "is_everybodys", False)
         is_hosts = distributed.local_rank() == 0
-        if distributed.is_main() or (is_hosts if trainer is None else not is_shared):
+        if distributed.is_main() or (is_hosts if study is None else not is_shared):
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if outcome is Outcome.DONE else 3
+
+
+def trainer_of(
+    run: Run, limits: StopLimits, hang_timeout: float, arguments: argparse.Namespace
+) -> Trainer:
+    """Of one run; ConfigError where its growth is not possible."""
+    return Trainer(
+        run.recipe,
+        load_deepspeed_config(arguments.deepspeed_config),
+        data_dir=arguments.data,
+        run_dir=run.folder,
+        resume=arguments.resume,
+        branch_from=run.trunk,
+        strict_precision=arguments.strict_precision,
+        limits=limits,
+        hang_timeout=hang_timeout,
+    )
 
 
 if __name__ == "__main__":

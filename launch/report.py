@@ -6,9 +6,7 @@ example:
 
 import argparse
 import json
-import math
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from stacking.errors import UserError
@@ -26,11 +24,7 @@ def main() -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     if arguments.json:
-        numbers = {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in asdict(summary).items()
-        }
-        print(json.dumps({"report": str(page), **numbers}))
+        print(json.dumps({"report": str(page), **summary.row()}))
     else:
         print(f"{summary.text()}\n{'report':<20} {page}")
     return 0

@@ -5,11 +5,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from stacking.config_base import LARGEST_RATE, MOST_STEPS, FromList, Frozen, raise_together
+from stacking.config_branches import GrowthBranch, Share
 from stacking.config_learning_rate import LearningRateConfig, schedule_faults
 from stacking.config_model import LARGEST_SIZE, BertConfig, next_sentence_faults, shape_faults
 from stacking.config_stage import DATA_FIELDS, MODEL_FIELDS, Freeze, Learned, Rewarm, Stage
@@ -20,6 +22,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Freeze",
+    "GrowthBranch",
     "Learned",
     "LearningRateConfig",
     "OptimizerConfig",
@@ -134,6 +137,14 @@ class Recipe(Frozen):
     )
     stages: Annotated[tuple[Stage, ...], FromList] = Field(
         min_length=1, description="Growth stages in order."
+    )
+    branches: Annotated[tuple[Share, ...], FromList] = Field(
+        default=(),
+        description="Shorter runs that share this one's steps until they decay, as shares of its "
+        "steps and of its decay; schedule 'wsd' only.",
+    )
+    growth_branches: Annotated[tuple[GrowthBranch, ...], FromList] = Field(
+        default=(), description="Other ways on from steps of this run."
     )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="Validation."

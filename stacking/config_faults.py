@@ -160,6 +160,10 @@ def _bounds(node: _Schema) -> str:
     bounds = [f"{word} {node[name]}" for name, word in names.items() if name in node]
     if node.get("minLength"):
         bounds.append("that is not empty")
+    if "maxLength" in node:
+        bounds.append(f"of at most {node['maxLength']} characters")
+    if "pattern" in node:
+        bounds.append(f"that matches {node['pattern']}")
     return " " + " and ".join(bounds) if bounds else ""
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from data_prep.plain_files import read_plain
+from stacking.branches import branch_faults
 from stacking.config import (
     BertConfig,
     DataConfig,
@@ -182,8 +183,8 @@ def _validate(document: JsonObject, faults: Sequence[str]) -> Recipe:
     except ValidationError as error:
         found = [*faults, *fault_lines(error, Recipe), *_second_pass(document)]
         raise ConfigError(found) from None
-    if faults:
-        raise ConfigError(faults)
+    if found := [*faults, *branch_faults(recipe)]:
+        raise ConfigError(found)
     return recipe
 
 

@@ -1,8 +1,9 @@
 """BertConfig: size and form of one BERT, and what no BERT can have."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from stacking.config_base import LARGEST_RATE, FromList, Frozen, raise_together
 

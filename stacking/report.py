@@ -1,21 +1,30 @@
 """A run folder's metrics.jsonl -> report.html, one self-contained page, and loss.png."""
 
-import base64
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from string import Template
 
-from stacking import report_figures
+from stacking import report_figures, report_growth_figures
 from stacking.errors import UserError
-from stacking.report_metrics import RunMetrics, SwitchRow, read_metrics
+from stacking.report_html import (
+    cards,
+    duration,
+    figure,
+    number,
+    page,
+    percent,
+    replace_file,
+    scaled,
+    signed,
+    table,
+)
+from stacking.report_metrics import RunMetrics, read_metrics
+from stacking.report_spikes import WINDOWS, Spike, spikes
 
 __all__ = ["RunMetrics", "Summary", "read_metrics", "summarize", "write_report"]
-
-UNKNOWN = "not known yet"
 
 
 @dataclass(frozen=True)
@@ -33,32 +42,60 @@ class Summary:
     elapsed_seconds: float
     tokens: int  # padding included
     tokens_per_second: float  # median over the logged steps, without padding
+    growths: tuple[Spike, ...]
 
     def text(self) -> str:
         """A few lines for a terminal."""
         state = "finished" if self.is_finished else "unfinished, so far"
         rows = [
             (f"run {self.name}", f"{state}: step {self.global_step:,} of {self.total_steps:,}"),
-            ("validation MLM loss", f"{_number(self.val_mlm_loss)} nats per masked token"),
-            ("unigram loss", f"{_number(self.unigram_loss)} (predicting word frequencies)"),
-            ("below unigram", f"{_number(self.nats_below_unigram)} nats"),
-            ("masked tokens right", _percent(self.val_mlm_accuracy)),
-            ("training time", f"{_number(self.elapsed_seconds, 0)} s"),
-            ("speed", f"{_number(self.tokens_per_second, 0)} tokens/s (median)"),
+            ("validation MLM loss", f"{number(self.val_mlm_loss)} nats per masked token"),
+            ("unigram loss", f"{number(self.unigram_loss)} (predicting word frequencies)"),
+            ("below unigram", f"{number(self.nats_below_unigram)} nats"),
+            ("masked tokens right", percent(self.val_mlm_accuracy)),
+            ("training time", f"{number(self.elapsed_seconds, 0)} s"),
+            ("speed", f"{number(self.tokens_per_second, 0)} tokens/s (median)"),
+        ]
+        rows += [
+            (
+                f"growth at step {growth.global_step:,}",
+                f"training loss {_with_noise(growth)} nats, {growth.recovery}",
+            )
+            for growth in self.growths
         ]
         return "\n".join(f"{label:<20} {value}" for label, value in rows)
+
+    def row(self) -> dict[str, object]:
+        """As JSON holds it: null where a number is not known."""
+        growths = [
+            {
+                "global_step": growth.global_step,
+                "spike_nats": _known(growth.height),
+                "noise_nats": _known(growth.noise),
+                "steps_to_recover": growth.steps_to_recover,
+                "recovery": growth.recovery,
+                "probe_change_nats": _known(growth.probe_change),
+            }
+            for growth in self.growths
+        ]
+        numbers = {name: _known(value) for name, value in vars(self).items()}
+        return {**numbers, "growths": growths}
+
+
+def _known(value: object) -> object:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_report(run_dir: Path) -> Path:
     """Write RUN_DIR/report.html and RUN_DIR/loss.png; returns the page's path. Raises UserError."""
     run = read_metrics(run_dir / "metrics.jsonl")
-    page = run_dir / "report.html"
+    path = run_dir / "report.html"
     try:
-        _replace(run_dir / "loss.png", report_figures.loss_over_steps(run, "png"))
-        _replace(page, _page(run).encode("ascii", "xmlcharrefreplace"))
+        replace_file(run_dir / "loss.png", report_figures.loss_over_steps(run, "png"))
+        replace_file(path, _page(run))
     except OSError as error:
         raise UserError(f"{run_dir}: the report cannot be written there: {error}") from error
-    return page
+    return path
 
 
 def summarize(run: RunMetrics) -> Summary:
@@ -78,23 +115,27 @@ def summarize(run: RunMetrics) -> Summary:
         elapsed_seconds=run.elapsed_seconds,
         tokens=run.train[-1].tokens if run.train else 0,
         tokens_per_second=median(rates) if rates else math.nan,
+        growths=tuple(spikes(run)),
     )
 
 
-def _page(run: RunMetrics) -> str:
-    summary = summarize(run)
+def _page(run: RunMetrics) -> bytes:
     depths = " &rarr; ".join(str(stage.num_hidden_layers) for stage in run.start.stages)
     plural = "s" if len(run.start.stages) != 1 else ""
-    return _PAGE.substitute(
-        title=html.escape(run.start.name),
-        lead=f"{len(run.start.stages)} stage{plural}: {depths} layers",
-        banner=_banner(summary),
-        cards=_cards(summary),
-        figures=_figures(run),
-        stages=_stage_table(run),
-        switches=_switch_table(run.switches) + _symmetry_table(run),
-        environment=_environment(run),
-    )
+    summary = summarize(run)
+    parts = [
+        _banner(summary),
+        _cards(summary),
+        f'<div class="figures">{_figures(run)}</div>',
+        "<h2>Stages</h2>",
+        _stage_table(run),
+        "<h2>Stage switches</h2>",
+        _switch_table(run) + _growth_figures(run) + _symmetry_table(run),
+        "<h2>Where it ran</h2>",
+        _environment(run),
+    ]
+    lead = f"{len(run.start.stages)} stage{plural}: {depths} layers"
+    return page(run.start.name, lead, "\n".join(parts))
 
 
 def _banner(summary: Summary) -> str:
@@ -107,18 +148,15 @@ def _banner(summary: Summary) -> str:
 
 
 def _cards(summary: Summary) -> str:
-    cards = [
-        (_number(summary.val_mlm_loss), "validation MLM loss", "nats per masked token"),
-        (_number(summary.unigram_loss), "unigram loss", "predicting word frequencies"),
-        (_number(summary.nats_below_unigram), "nats below unigram", "what was learnt"),
-        (_percent(summary.val_mlm_accuracy), "masked tokens right", "on held-out text"),
-        (_duration(summary.elapsed_seconds), "training time", "switches included"),
-        (f"{summary.tokens:,}", "tokens seen", "padding included"),
+    contents = [
+        (number(summary.val_mlm_loss), "validation MLM loss", "nats per masked token"),
+        (number(summary.unigram_loss), "unigram loss", "predicting word frequencies"),
+        (number(summary.nats_below_unigram), "nats below unigram", "what was learnt"),
+        (percent(summary.val_mlm_accuracy), "masked tokens right", "on held-out text"),
+        (duration(summary.elapsed_seconds), "training time", "switches included"),
+        (scaled(summary.tokens), "tokens seen", "padding included"),
     ]
-    return "".join(
-        f'<div class="card"><b>{value}</b><span>{label}</span><i>{note}</i></div>'
-        for value, label, note in cards
-    )
+    return cards(contents)
 
 
 def _figures(run: RunMetrics) -> str:
@@ -129,11 +167,7 @@ def _figures(run: RunMetrics) -> str:
         ("", "Learning rate", report_figures.learning_rate(run)),
         ("wide", "Tokens per second in each stage", report_figures.speed_per_stage(run)),
     ]  # fmt: skip
-    return "".join(
-        f'<figure class="{kind}"><img alt="{caption}" src="data:image/svg+xml;base64,'
-        f'{base64.b64encode(image).decode()}"><figcaption>{caption}</figcaption></figure>'
-        for kind, caption, image in drawn
-    )
+    return "".join(figure(image, caption, kind) for kind, caption, image in drawn)
 
 
 def _stage_table(run: RunMetrics) -> str:
@@ -149,34 +183,64 @@ def _stage_table(run: RunMetrics) -> str:
         rows.append((
             str(index + 1), str(stage.num_hidden_layers), f"{stage.num_parameters:,}",
             f"{stage.num_trained:,}",
-            f"{done:,} of {stage.steps:,}", _number(median(rates) if rates else math.nan, 0),
-            _duration(run.stage_seconds(index)), _number(losses[0]), _number(losses[-1]),
-            _number(validated[-1] if validated else math.nan),
+            f"{done:,} of {stage.steps:,}", number(median(rates) if rates else math.nan, 0),
+            duration(run.stage_seconds(index)), number(losses[0]), number(losses[-1]),
+            number(validated[-1] if validated else math.nan),
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def _switch_table(switches: Sequence[SwitchRow]) -> str:
-    if not switches:
+def _switch_table(run: RunMetrics) -> str:
+    if not run.switches:
         return "<p>No stage switch so far.</p>"
     head = ("step", "what grew", "operators", "moments", "loss before", "loss after", "change",
-            "largest logit change", "seconds", "seconds by part")  # fmt: skip
+            "training loss", "recovery", "largest logit change", "seconds", "seconds by part",
+            )  # fmt: skip
     rows = [
         (
             f"{row.global_step:,}",
             _changes(row.changes),
             html.escape(row.operator),
             html.escape(row.moments),
-            _number(row.loss_before),
-            _number(row.loss_after),
-            _signed(row.loss_after - row.loss_before),
-            _number(row.max_logit_difference, 2),
-            _number(row.seconds, 1),
+            number(row.loss_before),
+            number(row.loss_after),
+            signed(row.loss_after - row.loss_before),
+            _with_noise(spike),
+            spike.recovery,
+            number(row.max_logit_difference, 2),
+            number(row.seconds, 1),
             ", ".join(f"{html.escape(k)} {v:.2f}" for k, v in row.seconds_by_part.items()),
         )
-        for row in switches
+        for row, spike in zip(run.switches, spikes(run), strict=True)
     ]
-    return _table(head, rows)
+    words = (
+        "<p>Losses before and after are those of one held-out batch at the growth. Training loss: "
+        "the highest row of metrics.jsonl after the growth, above the mean of the last "
+        f"{WINDOWS} before it; it has recovered when the mean of {WINDOWS} is back there. Noise: "
+        "the standard deviation of single rows before.</p>"
+    )
+    return words + table(head, rows)
+
+
+def _with_noise(spike: Spike) -> str:
+    return f"{signed(spike.height)} (noise {number(spike.noise)})"
+
+
+def _growth_figures(run: RunMetrics) -> str:
+    """What was measured of hidden states, gradients and duplicates; older runs have none."""
+    drawn = [
+        ("wide", "Size of the hidden states in validation, layer by step (the last layer's where "
+         "a loss reads it; at a switch all of the probe's)",
+         report_growth_figures.residuals_over_steps(run)),
+        ("", "Size of the hidden states in the probe at each growth",
+         report_growth_figures.residuals_at_switches(run)),
+        ("", report_growth_figures.gradient_caption(run),
+         report_growth_figures.gradient_norms(run)),
+        ("", "Cosine between copies of duplicated units; 1: locked",
+         report_growth_figures.duplicate_similarity(run)),
+    ]  # fmt: skip
+    images = [figure(image, caption, kind) for kind, caption, image in drawn if image is not None]
+    return f'<div class="figures">{"".join(images)}</div>' if images else ""
 
 
 def _changes(changes: Mapping[str, tuple[str, str]]) -> str:
@@ -201,15 +265,15 @@ def _symmetry_table(run: RunMetrics) -> str:
             f"{step:,}",
             str(stage + 1),
             f"{step - run.first_step(stage):,}",
-            *(_number(similarity.get(kind, math.nan), 4) for kind in kinds),
+            *(number(similarity.get(kind, math.nan), 4) for kind in kinds),
         )
         for step, stage, similarity in sorted(measured, key=lambda row: row[:2])
         if similarity
     ]
-    table = _table(("step", "stage", "steps since growth", *kinds), rows)
+    cosines = table(("step", "stage", "steps since growth", *kinds), rows)
     return (
         "<h2>Copies of duplicated units</h2><p>Mean cosine between each further copy and the "
-        f"first; copies that stay at 1 waste the width.</p>{table}"
+        f"first; copies that stay at 1 waste the width.</p>{cosines}"
     )
 
 
@@ -217,93 +281,10 @@ def _environment(run: RunMetrics) -> str:
     start = run.start
     rows = [
         ("ranks", str(start.world_size)),
-        ("device", html.escape(start.device)),
+        ("device", html.escape(f"{start.device}, {start.device_name}".rstrip(", "))),
         ("precision", html.escape(start.precision)),
         ("resumed", f"{run.num_resumes} times" if run.num_resumes else "never"),
+        *([("branched from", html.escape(start.branch_from))] if start.branch_from else []),
         ("whole configuration", "recipe.json and deepspeed.json beside this page"),
     ]
-    return _table((), rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else UNKNOWN
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}" if math.isfinite(value) else UNKNOWN
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if math.isfinite(share) else UNKNOWN
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return UNKNOWN
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { margin: 0; background: #f4f5f7; color: #1b2330;
-       font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 36px 24px 60px; }
-h1 { margin: 0; font-size: 28px; overflow-wrap: anywhere; }
-h2 { margin: 36px 0 12px; font-size: 18px; }
-.lead { margin: 2px 0 24px; color: #5a6577; }
-.banner { padding: 10px 14px; background: #fff4d6; border-left: 4px solid #d99a00; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
-.card, figure, .scroll { background: #fff; border: 1px solid #e1e5eb; border-radius: 8px; }
-.card { padding: 14px 16px; }
-.card b { display: block; font-size: 22px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.card span { display: block; font-size: 13px; }
-.card i { display: block; font-size: 12px; font-style: normal; color: #5a6577; }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin-top: 12px; }
-figure { margin: 0; padding: 12px 14px; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figure img { display: block; width: 100%; }
-figcaption { font-size: 13px; color: #5a6577; }
-.scroll { overflow-x: auto; }
-table { width: 100%; border-collapse: collapse; font-size: 13px;
-        font-variant-numeric: tabular-nums; }
-th, td { padding: 8px 12px; text-align: left; border-bottom: 1px solid #eceff3; }
-tbody tr:last-child td { border-bottom: 0; }
-th { font-weight: 600; color: #5a6577; }
-@media (max-width: 720px) { .figures { grid-template-columns: 1fr; } }
-</style>
-<main>
-<h1>$title</h1>
-<p class="lead">$lead</p>
-$banner
-<div class="cards">$cards</div>
-<div class="figures">$figures</div>
-<h2>Stages</h2>
-$stages
-<h2>Stage switches</h2>
-$switches
-<h2>Where it ran</h2>
-$environment
-</main>
-</html>
-""")
+    return table((), rows)

@@ -35,6 +35,12 @@ class RunStart:
     device: str
     precision: str
     unigram_loss: float  # nats per masked token; NaN where unknown
+    data_fingerprint: int | None = None  # of the training shards; None in runs of older versions
+    validation_fingerprint: int | None = None
+    branch_from: str = ""  # RUN@STEP whose rows come first; empty: it began by itself
+    device_name: str = ""  # such as "NVIDIA A100-SXM4-80GB"; empty in runs of older versions
+    matmul_flops_per_second: float = math.nan  # dense products of all ranks together
+    versions: str = ""  # of torch, DeepSpeed and this trainer; empty in runs of older versions
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class TrainRow:
     tokens_per_second: float
     step_seconds: float
     elapsed_seconds: float
+    grad_norm: float = math.nan  # of the last of the steps, before clipping
+    grad_norm_old: float = math.nan  # of the parameters that the stage found; NaN: not measured
+    grad_norm_new: float = math.nan  # of those that came with it
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class EvaluationRow:
     val_mlm_loss: float
     val_mlm_accuracy: float
     elapsed_seconds: float
+    residual_rms: tuple[float, ...] = ()  # of the hidden states: embeddings, then each layer
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ class SwitchRow:
     max_logit_difference: float
     seconds: float
     seconds_by_part: dict[str, float]
+    residual_rms_before: tuple[float, ...] = ()  # of the small model's hidden states in the probe
+    residual_rms_after: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,15 @@ class SymmetryRow:
     global_step: int
     stage: int
     similarity: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ResidualRow:
+    """How large the hidden states are: after the embeddings, then after each layer."""
+
+    global_step: int
+    stage: int
+    rms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,7 @@ class RunMetrics:
     symmetry: tuple[SymmetryRow, ...]
     num_resumes: int
     is_finished: bool
+    resumes: tuple[int, ...] = ()  # steps at which a new process went on, where that still counts
 
     @property
     def global_step(self) -> int:
@@ -111,6 +133,13 @@ class RunMetrics:
         """Time up to the newest row; NaN where there is none."""
         seconds = [row.elapsed_seconds for row in self.train]
         return max(seconds + [row.elapsed_seconds for row in self.evaluations], default=math.nan)
+
+    @property
+    def residuals(self) -> list[ResidualRow]:
+        """Of the grown model at each switch, and of each evaluation, ordered by stage and step."""
+        rows = [ResidualRow(r.global_step, r.to_stage, r.residual_rms_after) for r in self.switches]
+        rows += [ResidualRow(r.global_step, r.stage, r.residual_rms) for r in self.evaluations]
+        return sorted((r for r in rows if r.rms), key=lambda r: (r.stage, r.global_step))
 
     def train_rows(self, stage: int) -> list[TrainRow]:
         """One stage's rows; `stage` is 0-based."""
@@ -127,6 +156,11 @@ class RunMetrics:
             seconds += row.step_seconds * (row.global_step - before)
             before = row.global_step
         return seconds if rows else math.nan
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of RUN_DIR/metrics.jsonl that count: none that a resume superseded."""
+    return _without_superseded(_read_rows(path))
 
 
 def read_metrics(path: Path) -> RunMetrics:
@@ -154,11 +188,16 @@ def _run_metrics(path: Path, rows: Sequence[Row]) -> RunMetrics:
         symmetry=tuple(_symmetry(row) for row in _of_kind(kept, "symmetry")),
         num_resumes=sum(row["event"] == "resume" for row in rows),
         is_finished=any(row["event"] == "run_end" for row in kept),
+        resumes=tuple(_integer(row, "global_step") for row in _of_kind(kept, "resume")),
     )
     for rows_of_kind in (run.train, run.evaluations, run.symmetry):
         stages = [row.stage for row in rows_of_kind]
         if stages != sorted(stages) or max(stages, default=0) >= len(run.start.stages):
             raise ValueError(f"the stages of its rows are {str(stages)[:60]}, in order of steps")
+    for row in run.residuals:
+        layers = run.start.stages[row.stage].num_hidden_layers
+        if len(row.rms) != 1 + layers:
+            raise ValueError(f"{len(row.rms)} sizes of hidden states in a model of {layers} layers")
     return run
 
 
@@ -224,6 +263,12 @@ def _start(row: Row) -> RunStart:
         device=str(row["device"]),
         precision=str(row["precision"]),
         unigram_loss=_float(row, "unigram_loss"),
+        data_fingerprint=_fingerprint(row, "data_fingerprint"),
+        validation_fingerprint=_fingerprint(row, "validation_fingerprint"),
+        branch_from=str(row.get("branch_from", "")),
+        device_name=str(row.get("device_name") or ""),
+        matmul_flops_per_second=_float(row, "matmul_flops_per_second"),
+        versions=str(row.get("versions", "")),
     )
 
 
@@ -237,6 +282,9 @@ def _train(row: Row) -> TrainRow:
         tokens_per_second=_float(row, "tokens_per_second"),
         step_seconds=_float(row, "step_seconds"),
         elapsed_seconds=_float(row, "elapsed_seconds"),
+        grad_norm=_float(row, "grad_norm"),
+        grad_norm_old=_float(row, "grad_norm_old"),
+        grad_norm_new=_float(row, "grad_norm_new"),
     )
 
 
@@ -247,6 +295,7 @@ def _evaluation(row: Row) -> EvaluationRow:
         val_mlm_loss=_float(row, "val_mlm_loss"),
         val_mlm_accuracy=_float(row, "val_mlm_accuracy"),
         elapsed_seconds=_float(row, "elapsed_seconds"),
+        residual_rms=_sizes(row, "residual_rms"),
     )
 
 
@@ -266,6 +315,8 @@ def _switch(row: Row) -> SwitchRow:
         max_logit_difference=_float(row, "max_logit_difference"),
         seconds=_float(row, "seconds"),
         seconds_by_part=_floats(row, "seconds_by_part"),
+        residual_rms_before=_sizes(row, "residual_rms_before"),
+        residual_rms_after=_sizes(row, "residual_rms_after"),
     )
 
 
@@ -283,11 +334,23 @@ def _floats(row: Row, key: str) -> dict[str, float]:
     return {str(name): _float(parts, name) for name in parts} if isinstance(parts, dict) else {}
 
 
+def _sizes(row: Row, key: str) -> tuple[float, ...]:
+    """A list of numbers; empty in runs of older versions."""
+    values = row.get(key, [])
+    if not isinstance(values, list):
+        raise TypeError(f"{key} is {str(values)[:40]}, no list")
+    return tuple(_float({key: value}, key) for value in values)
+
+
 def _integer(row: Row, key: str, default: int | None = None) -> int:
     value = row[key] if default is None else row.get(key, default)
     if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
         raise TypeError(f"{key} is {str(value)[:40]}, no whole number from 0 to 2^63")
     return value
+
+
+def _fingerprint(row: Row, key: str) -> int | None:
+    return None if row.get(key) is None else _integer(row, key)
 
 
 def _float(row: Row, key: str) -> float:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from stacking import distributed, metrics
+from data_prep.shard_format import file_sha256
+from stacking import distributed, engine, metrics
 from stacking.config import DataConfig, Learned, Recipe
 from stacking.dataset import (
     MaskedLMBatch,
@@ -42,6 +43,16 @@ class RunData:
         """Of the training shards: the same on every host, or the ranks train on different data."""
         return self._training.fingerprint
 
+    @property
+    def validation_fingerprint(self) -> int:
+        """Of the validation shards: losses of runs that share it can be compared."""
+        return self._validation.fingerprint
+
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer.json beside the shards; empty where there is none."""
+        path = self._data_dir / "tokenizer.json"
+        return file_sha256(path) if path.is_file() else ""
+
     def loader(self, stage: int, micro_batch_size: int) -> PretrainingLoader:
         """This rank's training batches of `stage`, from the first sample on."""
         return PretrainingLoader(
@@ -53,6 +64,7 @@ class RunData:
             micro_batch_size=micro_batch_size,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
+            pin_memory=engine.current_device().type == "cuda",
         )
 
     def validation(self, stage: int) -> Iterator[MaskedLMBatch]:

@@ -1,23 +1,30 @@
 """A run's folder: what lies where, and whether a command may write into it."""
 
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 from data_prep.plain_files import read_plain
+from data_prep.shard_format import MANIFEST
 from stacking.config import Recipe
 from stacking.config_loading import resolved_json
 from stacking.errors import CheckpointError, ConfigError
 
+BRANCHES = "branches"  # folder in a run's folder, of runs that began as this one
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 _EARLY = (".lock", ".recipe.json.tmp")  # what a start that was killed at once may leave
+# Lustre without its mount option "flock", NFS without a lock service, some FUSE file systems.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    """Digest of what is trained; cosmetic fields and saving do not count."""
-    trained = recipe.model_dump(mode="json", exclude={"name", "description", "checkpoint"})
+    """Digest of what is trained; cosmetic fields, saving and branches do not count."""
+    others = {"name", "description", "checkpoint", "branches", "growth_branches"}
+    trained = recipe.model_dump(mode="json", exclude=others)
     return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
 
 
@@ -34,6 +41,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.autopsy = path / "autopsy"
         self.tokenizer = path / "tokenizer"
+        self.manifest = path / MANIFEST
         self.rewound = path / "rewound.txt"
 
     def check(self, recipe: Recipe, resume: str) -> None:
@@ -50,15 +58,15 @@ class RunFolder:
             if resume not in ("auto", "never"):
                 raise CheckpointError(f"--resume {resume}: {self.path} holds no run yet")
             return
-        if resume == "never" and self._has_begun():
+        if resume == "never" and self.has_begun():
             raise ConfigError(
                 f"--run-dir {self.path}: holds a run already and --resume never was given; runs "
                 "are never overwritten: give another folder, or --resume auto to continue"
             )
-        if self._has_begun():
+        if self.has_begun():
             self._check_same_recipe(recipe)
 
-    def _has_begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether there is anything to continue: a fault before the first save leaves nothing."""
         return any(self.checkpoints.glob("[!.]*/COMMITTED"))
 
@@ -70,11 +78,15 @@ class RunFolder:
         """Remember that the run went back to `tag`. Main rank only."""
         write_text(self.rewound, tag + "\n")
 
-    def _check_same_recipe(self, recipe: Recipe) -> None:
+    def own_recipe(self) -> Recipe:
+        """What lies in recipe.json; ConfigError if that is none."""
         try:
-            old = Recipe.model_validate_json(read_plain(self.recipe))
+            return Recipe.model_validate_json(read_plain(self.recipe))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.recipe}: is not a recipe of this version: {error}") from error
+
+    def _check_same_recipe(self, recipe: Recipe) -> None:
+        old = self.own_recipe()
         if recipe_sha256(old) == recipe_sha256(recipe):
             return
         changes = difflib.unified_diff(
@@ -91,11 +103,14 @@ class RunFolder:
         )
 
     def create(self, recipe: Recipe, data_dir: Path) -> None:
-        """Make and lock the folder, with its recipe and tokenizer. Main rank only."""
+        """Make and lock the folder, with its recipe, tokenizer and what its data says of itself.
+
+        Main rank only.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
-            if self._has_begun():
+            if self.has_begun():
                 self._check_same_tokenizer(data_dir)
                 return
             write_text(self.recipe, resolved_json(recipe))
@@ -103,6 +118,10 @@ class RunFolder:
             for name in TOKENIZER_FILES:
                 if (data_dir / name).exists():
                     (self.tokenizer / name).write_bytes(read_plain(data_dir / name))
+            if (data_dir / MANIFEST).exists():
+                self.manifest.write_bytes(read_plain(data_dir / MANIFEST))
+            else:
+                self.manifest.unlink(missing_ok=True)  # of a start that got no further
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -122,7 +141,10 @@ class RunFolder:
                 )
 
     def _lock(self) -> None:
-        """Keep other runs out of this folder for as long as this process lives."""
+        """Keep other runs out of this folder for as long as this process lives.
+
+        On NFS also those of other hosts. A file system without locks is told of once.
+        """
         self._lock_file = (self.path / ".lock").open("a")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,6 +152,14 @@ class RunFolder:
             raise ConfigError(
                 f"--run-dir {self.path}: another process is training there; wait for it or stop it"
             ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"--run-dir {self.path}: its file system has no locks ({error.strerror}), so "
+                "nothing keeps a second job out of it: see to it that there is none",
+                stacklevel=2,
+            )
 
     def write_deepspeed(self, stages: list[dict[str, object]]) -> None:
         """The JSON that DeepSpeed got, one object a stage. Main rank only."""

@@ -1,6 +1,6 @@
 """What a run writes and says: rows of metrics.jsonl, monitor events, and lines for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -8,8 +8,9 @@ from stacking import distributed, metrics
 from stacking.checkpoint import TrainState
 from stacking.config import BertConfig, Recipe, Stage
 from stacking.cost import num_parameters, trained_parameters, training_flops
-from stacking.engine import TrainEngine
+from stacking.engine import TrainEngine, versions
 from stacking.progress import ProgressReporter
+from stacking.run_data import RunData
 from stacking.run_folder import RunFolder
 from stacking.schedule import stage_rates, stage_start
 from stacking.stage_switch import SwitchReport
@@ -60,8 +61,11 @@ class RunLog:
         """One line to the user."""
         self._progress.say(line)
 
-    def run_start(self, unigram_loss: float | None) -> None:
-        """The first row; rows of an attempt that left no checkpoint go."""
+    def run_start(self, data: RunData, branch_from: str | None = None) -> None:
+        """The first row; rows of an attempt that left no checkpoint go.
+
+        `branch_from`: the trunk and its step.
+        """
         self._log.clear()
         recipe = self._recipe
         models = [recipe.stage_model(stage) for stage in range(len(recipe.stages))]
@@ -70,9 +74,18 @@ class RunLog:
             "stages": [_stage_row(model, stage)
                        for model, stage in zip(models, recipe.stages, strict=True)],
             "world_size": distributed.world_size(), "device": str(self._device),
-            "precision": self._precision, "unigram_loss": unigram_loss,
-            "matmul_flops_per_second": self._peak_flops,
+            "device_name": metrics.device_name(self._device),
+            "precision": self._precision, "unigram_loss": data.unigram_loss(),
+            "data_fingerprint": data.fingerprint,
+            "validation_fingerprint": data.validation_fingerprint,
+            "matmul_flops_per_second": self._peak_flops, "versions": versions(),
+            **({"branch_from": branch_from} if branch_from else {}),
         })  # fmt: skip
+
+    def inherit(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Rows of the trunk, as they are."""
+        for row in rows:
+            self._log.write(str(row["event"]), {k: v for k, v in row.items() if k != "event"})
 
     def resume(self, state: TrainState, tag: str) -> None:
         """A new process goes on; rows after this step supersede older ones."""
@@ -101,7 +114,7 @@ class RunLog:
             "data_wait_seconds": rates.data_wait_seconds / rates.steps,
             "elapsed_seconds": elapsed, "loss_scale": engine.loss_scale,
             "skipped_steps": engine.skipped_steps, "grad_norm": engine.grad_norm,
-            "sample_hash": state.sample_hash,
+            **engine.cohort_grad_norms, "sample_hash": state.sample_hash,
         })  # fmt: skip
         named = {"loss": loss, "lr": rate, "tokens_per_second": per_second}
         engine.write_monitor([(f"Train/{name}", value, step) for name, value in named.items()])
@@ -130,6 +143,7 @@ class RunLog:
             "num_hidden_layers": state.num_hidden_layers, "val_loss": val_mlm + val_nsp,
             "val_mlm_loss": val_mlm, "val_nsp_loss": val_nsp, "val_mlm_accuracy": accuracy,
             "tokens": state.tokens, "elapsed_seconds": elapsed,
+            "residual_rms": engine.residual_rms,
         })  # fmt: skip
         engine.write_monitor([("Validation/mlm_loss", val_mlm, state.global_step)])
         self.say(f"step {state.global_step}: validation MLM loss {val_mlm:.3f}, "

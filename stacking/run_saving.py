@@ -87,6 +87,9 @@ class RunSaver:
             similarity = StageGrowth(self._recipe, state.stage).similarity(snapshot.weights)
             self._log.symmetry(state, steps, similarity)
 
-    def close(self) -> None:
-        """Finish a save that is under way, as after an error; its own fault is but logged."""
-        self._writer.close()
+    def close(self, at_most: float) -> None:
+        """Finish a save that is under way, as after an error; its own fault is but logged.
+
+        `at_most`: seconds to wait for it; a disk may hang.
+        """
+        self._writer.close(at_most)

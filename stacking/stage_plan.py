@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from stacking.branches import branch_runs
 from stacking.config import BertConfig, DataConfig, Freeze, Recipe, Stage
 from stacking.cost import (
     StateBytes,
@@ -20,7 +21,6 @@ from stacking.cost import (
 from stacking.deepspeed_config import (
     Accelerator,
     DeepSpeedConfig,
-    Precision,
     ResolvedEngine,
     resolve_stages,
 )
@@ -92,11 +92,16 @@ class PlannedStage:
         """Bottom layers that run forward only."""
         return self.freeze.layers if self.freeze else 0
 
-    def memory(self, zero_stage: ZeroStage, world_size: int, precision: Precision) -> StateBytes:
+    def memory(self, zero_stage: ZeroStage, world_size: int, engine: ResolvedEngine) -> StateBytes:
         """What one rank holds all the time; autocast keeps its weights in fp32."""
-        bits: Literal[16, 32] = 16 if precision in ("fp16", "bf16") else 32
+        bits: Literal[16, 32] = 16 if engine.precision in ("fp16", "bf16") else 32
         return memory_bytes(
-            self.model, zero_stage=zero_stage, world_size=world_size, bits=bits, freeze=self.freeze
+            self.model,
+            zero_stage=zero_stage,
+            world_size=world_size,
+            bits=bits,
+            adds_up_fp32=engine.precision == "bf16" and engine.adds_up_fp32,
+            freeze=self.freeze,
         )
 
 
@@ -134,8 +139,13 @@ class RecipePlan:
 
     def memory(self) -> dict[ZeroStage, StateBytes]:
         """Of the largest stage on one rank, for each ZeRO stage, in the JSON's precision."""
-        stage, precision = self.stages[self.largest], self.engines[self.largest].precision
-        return {zero: stage.memory(zero, self.world_size, precision) for zero in ZERO_STAGES}
+        stage, engine = self.stages[self.largest], self.engines[self.largest]
+        return {zero: stage.memory(zero, self.world_size, engine) for zero in ZERO_STAGES}
+
+    @property
+    def branches(self) -> tuple[int, int]:
+        """How many runs the recipe branches into, and their FLOPs, without the steps they share."""
+        return _branch_cost(self.recipe)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -149,6 +159,8 @@ class RecipePlan:
 
 def plan_recipe(recipe: Recipe, engine: DeepSpeedConfig, *, world_size: int) -> RecipePlan:
     """Plan all stages. ConfigError lists every illegal growth, and what the JSON cannot run."""
+    if world_size < 1:
+        raise ConfigError(f"--world-size: got {world_size}; allowed: 1 or more")
     faults = recipe_faults(recipe)
     engines: list[ResolvedEngine] = []
     try:
@@ -186,6 +198,19 @@ def _planned(recipe: Recipe, index: int) -> PlannedStage:
         entry_flops=entry_flops,
         rates=(base_rate(recipe, first), base_rate(recipe, first + stage.steps - 1)),
     )
+
+
+def _branch_cost(recipe: Recipe) -> tuple[int, int]:
+    count = flops = 0
+    for run in branch_runs(recipe):
+        stages = [_planned(run.recipe, index) for index in range(len(run.recipe.stages))]
+        for stage in stages:
+            shared = min(max(0, run.at - stage.first_step), stage.steps)
+            flops += (stage.steps - shared) * stage.step_flops
+            flops += stage.entry_flops if stage.first_step >= run.at else 0
+        more, theirs = _branch_cost(run.recipe)
+        count, flops = count + 1 + more, flops + theirs
+    return count, flops
 
 
 def _scratch(recipe: Recipe) -> PlannedStage:

@@ -31,6 +31,10 @@ def show_plan(plan: RecipePlan, console: Console) -> None:
         console.print(f"\n[bold]{escape(title)}[/]")
         console.print(table)
     console.print(escape(_choice(plan)))
+    count, flops = plan.branches
+    if count:
+        cost = f"{flops / 1e15:,.3g} PFLOP, without the steps that they share"
+        console.print(f"\n{count} branches are trained besides: {cost}")
     if plan.warnings:
         console.print()
     for warning in plan.warnings:
@@ -49,6 +53,7 @@ def plan_json(plan: RecipePlan) -> JsonObject:
         "ceiling": _ratio_json(plan.ceiling),
         "ceiling_by_layers": _ratio_json(plan.layers_ceiling),
         "memory": _memory_json(plan),
+        "branches": dict(zip(("count", "flops"), plan.branches, strict=True)),
         "warnings": list(plan.warnings),
     }
 
@@ -91,7 +96,7 @@ def _memory_json(plan: RecipePlan) -> JsonObject:
     }
 
 
-def _table(columns: Sequence[str], left: Collection[str] = ()) -> Table:
+def table_of(columns: Sequence[str], left: Collection[str] = ()) -> Table:
     """Numbers to the right and whole; the columns named in `left` to the left, wrapped."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in columns:
@@ -102,7 +107,7 @@ def _table(columns: Sequence[str], left: Collection[str] = ()) -> Table:
 
 def _sizes(plan: RecipePlan) -> Table:
     texts = ("form", "on entry", "function")
-    table = _table(("stage", "steps", "layers x hidden", "heads", "inner", *texts), left=texts)
+    table = table_of(("stage", "steps", "layers x hidden", "heads", "inner", *texts), left=texts)
     for number, stage in enumerate(plan.stages, 1):
         model = stage.model
         table.add_row(
@@ -150,7 +155,7 @@ def _entry(entry: Entry | None) -> tuple[str, str]:
 def _costs(plan: RecipePlan) -> Table:
     per_step, per_stage = _unit(plan.scratch.step_flops), _unit(plan.scratch.flops)
     units = (f"{per_step}FLOP/step", f"{per_stage}FLOP")
-    table = _table(
+    table = table_of(
         ("stage", "parameters, M", "trained, M", *units, "share of FLOP"), left=("stage",)
     )
 
@@ -173,7 +178,7 @@ def _costs(plan: RecipePlan) -> Table:
 
 def _ceilings(plan: RecipePlan) -> Table:
     columns = ("t0/t", "time saved, 1 - t/t0", "speed-up, t0/t - 1")
-    table = _table(("counting", *columns), left=("counting",))
+    table = table_of(("counting", *columns), left=("counting",))
     for name, ratio in (("FLOP", plan.ceiling), ("layers alone", plan.layers_ceiling)):
         saved, faster = 100 * (1 - 1 / ratio), 100 * (ratio - 1)
         table.add_row(name, f"{ratio:.2f}x", f"{saved:.1f} %", f"{faster:.1f} %")
@@ -191,7 +196,7 @@ def _memory(plan: RecipePlan) -> Table:
     held = plan.memory()
     size, unit = _binary_unit(max(one.total for one in held.values()))
     names = ("weights", "gradients", "fp32 masters", "moments")
-    table = _table(("ZeRO", *names, f"total, {unit}"))
+    table = table_of(("ZeRO", *names, f"total, {unit}"))
     for zero, one in held.items():
         numbers = (one.weights, one.gradients, one.masters, one.moments, one.total)
         table.add_row(str(zero), *(f"{number / size:,.2f}" for number in numbers))

@@ -12,13 +12,16 @@ from dataclasses import asdict, dataclass, field
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stacking import distributed
 from stacking.config import BertConfig, Recipe
 from stacking.dataset import MaskedLMBatch
 from stacking.engine import TrainEngine
 from stacking.errors import GrowthError
-from stacking.modeling import BertForPreTraining
+from stacking.masked_lm_loss import IGNORED_LABEL
+from stacking.modeling import BertForPreTraining, next_sentence_loss
+from stacking.residuals import recorded
 from stacking.snapshot import Snapshot
 from stacking.stage_growth import LearningBatches, StageGrowth
 
@@ -42,6 +45,9 @@ class SwitchReport:
     relative_logit_difference: float = float("nan")
     promised_tolerance: float | None = None
     """On the relative difference; None: the operator may change the function."""
+    residual_rms_before: list[float] = field(default_factory=list)
+    residual_rms_after: list[float] = field(default_factory=list)
+    """Size of the hidden states after the embeddings and after each layer; see residuals.py."""
     duplicate_similarity: dict[str, float] = field(default_factory=dict)
     """Mean cosine between copies of duplicated units, right after growth."""
     warning: str = ""
@@ -148,13 +154,14 @@ def _measure(
     after: tuple[BertConfig, dict[str, Tensor]],
     probe: Probe,
 ) -> None:
-    """Loss and logits of both models in fp32, dropout off, on the same masked sequences."""
-    loss_before, logits_before = _probe_model(*before, probe.batch, probe.device)
-    loss_after, logits_after = _probe_model(*after, probe.batch, probe.device)
-    report.loss_before, report.loss_after = loss_before, loss_after
-    report.max_logit_difference = float((logits_after - logits_before).abs().max())
+    """Loss, logits and hidden states of both models in fp32, dropout off, on the same sequences."""
+    old = _probe_model(*before, probe.batch, probe.device)
+    new = _probe_model(*after, probe.batch, probe.device)
+    report.loss_before, report.loss_after = old.loss, new.loss
+    report.residual_rms_before, report.residual_rms_after = old.residual_rms, new.residual_rms
+    report.max_logit_difference = float((new.logits - old.logits).abs().max())
     report.relative_logit_difference = report.max_logit_difference / float(
-        logits_before.abs().max().clamp_min(1e-30)
+        old.logits.abs().max().clamp_min(1e-30)
     )
 
 
@@ -176,21 +183,37 @@ def _judge(report: SwitchReport, broken_promise: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Probed:
+    """What one model made of the probe's batch."""
+
+    loss: float  # mean, MLM plus NSP, nats
+    logits: Tensor  # MLM, [B, P, V]
+    residual_rms: list[float]
+
+
 @torch.no_grad()
 def _probe_model(
     config: BertConfig, weights: dict[str, Tensor], batch: MaskedLMBatch, device: torch.device
-) -> tuple[float, Tensor]:
-    """Mean loss (MLM plus NSP, nats) and MLM logits [B, P, V] of one model."""
+) -> _Probed:
+    """One forward pass of one model."""
     with torch.device("meta"):
         model = BertForPreTraining(config)
     model.load_state_dict(weights, assign=True)  # on the CPU it shares them: no second copy
     model.to(device).eval()
     batch = batch.to(device)
-    inputs = (batch.input_ids, batch.token_type_ids, batch.attention_mask)
-    positions = batch.masked_lm_positions
-    sums = model(*inputs, positions, batch.masked_lm_ids, batch.next_sentence_labels)
-    loss = float(sums["mlm_loss_sum"]) / max(1, batch.num_masked)
-    if "nsp_loss_sum" in sums:
-        loss += float(sums["nsp_loss_sum"]) / len(batch.input_ids)
-    logits = model(*inputs, positions)["prediction_logits"]
-    return loss, logits.float().cpu()
+    with recorded(model) as residuals:
+        outputs = model(
+            batch.input_ids, batch.token_type_ids, batch.attention_mask, batch.masked_lm_positions
+        )
+    # A second forward, for the loss, would double the longest part of a switch on a CPU.
+    logits = outputs["prediction_logits"].float()
+    targets = batch.masked_lm_ids.flatten()
+    loss_sum = F.cross_entropy(
+        logits.flatten(0, 1), targets, ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    loss = float(loss_sum) / max(1, batch.num_masked)
+    related = outputs.get("seq_relationship_logits")
+    if related is not None and batch.next_sentence_labels is not None:
+        loss += float(next_sentence_loss(related, batch.next_sentence_labels)) / len(related)
+    return _Probed(loss, logits.cpu(), [float(size) for size in residuals])

@@ -155,7 +155,7 @@ BROKEN = [
     ('stages=[{"num_hidden_layers": 6}]', r"stages\.0\.steps: missing; allowed: an integer"),
     ("name=", r"name: got ''; allowed: a string that is not empty"),
     ("seed=null", r"seed: got null; allowed: an integer at least 0"),
-    ("batch=1", r"batch: unknown key; known keys here: checkpoint, data, "),
+    ("zzz=1", r"zzz: unknown key; known keys here: branches, checkpoint, data, "),
 ]
 
 

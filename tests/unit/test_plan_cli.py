@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ def test_json_is_one_line_and_overrides_and_ranks_count() -> None:
     done = run(
         "--recipe", RECIPES / "modern_small.json", "--json", "--world-size", 4,
         "--deepspeed_config", ZERO3, "--set", "stages.0.steps=300", "--set", "stages.1.steps=500",
+        "--nodes", 4, 1, "--device", "v100", "--gpus-per-node", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -59,6 +61,9 @@ def test_json_is_one_line_and_overrides_and_ranks_count() -> None:
     assert (memory["world_size"], memory["zero_stage"]) == (4, 3)
     assert memory["deepspeed_config"] == "zero3_fp16.json"
     assert memory["micro_batch_size"] * memory["gradient_accumulation_steps"] * 4 == 32
+    cluster = values["cluster"]
+    assert cluster["cluster"]["name"] == "v100, assumed"
+    assert [run["ranks"] for run in cluster["same_batch"]] == [2, 8]
 
 
 def test_illegal_growth_is_refused_with_every_reason_and_exit_code_2() -> None:
@@ -90,6 +95,27 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(
     assert plain.returncode == as_json.returncode == 2
     assert message in plain.stderr
     assert message in json.loads(as_json.stderr)["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--nodes 0", "--nodes: got 0; allowed: numbers of 1 or more"),
+        ("--nodes 1 --device b300", "--device: got 'b300'; allowed: v100, a100, h100"),
+        ("--nodes 1 --gpus-per-node 0", "--gpus-per-node: got 0"),
+        ("--nodes 1 --device no_such.json", "no_such.json: no such file"),
+        ("--device a100", "need --nodes"),
+    ],
+)
+def test_what_is_no_cluster_is_refused(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(RECIPES / "demo.json")
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--recipe", recipe, *words.split()])
+    assert runpy.run_path(str(PLAN))["main"]() == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
 
 
 def test_it_needs_neither_deepspeed_nor_a_process_group() -> None:

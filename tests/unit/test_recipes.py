@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from stacking.config import Recipe
 from stacking.config_loading import load_recipe, recipe_schema_text, resolved_json
 from stacking.config_model import BertConfig
+from stacking.cost import training_flops
 from stacking.deepspeed_config import Accelerator, load_deepspeed_config, resolve_stages
 from stacking.deepspeed_schema import OWNED_BY_RECIPE, REFUSED, REMOVED, EngineSettings
 from stacking.growth.legality import recipe_faults
 from stacking.schedule import learning_rate, stage_start
+from stacking.study import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "launch" / "recipes"
@@ -28,6 +31,7 @@ def test_all_promised_files_are_there() -> None:
     systems = ("scratch", "stackingbert", "mslt", "compoundgrow")
     promised = {f"{system}_{size}" for system in systems for size in ("base", "large", "small")}
     promised |= {"demo", "bert_base", "bert_large", "modern_base", "modern_small"}
+    promised |= {"switch_times_small"}
     promised |= {"tiny_test", "mslt_tiny", "compoundgrow_tiny"}
     assert {path.stem for path in RECIPE_FILES} == promised
     assert {
@@ -40,6 +44,35 @@ def test_all_promised_files_are_there() -> None:
         "cpu_bf16",
         "cpu_fp32",
     } <= {path.stem for path in ENGINE_FILES}
+
+
+def test_switch_times_has_controls_for_as_long_as_its_grown_runs() -> None:
+    """By matrix products; as seconds a small model takes a larger share, and so its control."""
+    runs = [run.recipe for run in Run(load_recipe(RECIPES / "switch_times_small.json"), Path())
+            .with_branches()]  # fmt: skip
+    grown = [recipe for recipe in runs if len(recipe.stages) == 2]
+    alone, scratch = (
+        [flops(run) for run in runs if [s.num_hidden_layers for s in run.stages] == [layers]]
+        for layers in (2, 8)
+    )
+    cheapest, dearest = min(map(flops, grown)), max(map(flops, grown))
+    for others in (alone, scratch):
+        assert min(others) < cheapest
+        assert max(others) > 1.1 * dearest
+    for recipe in runs:
+        assert 0.15 < recipe.learning_rate.decay_steps / recipe.total_steps < 0.5
+
+
+def flops(recipe: Recipe) -> int:
+    """Of all stages."""
+    return sum(
+        stage.steps
+        * training_flops(
+            recipe.stage_model(index), recipe.global_batch_size, recipe.data.max_seq_length,
+            recipe.data.max_predictions_per_seq,
+        )
+        for index, stage in enumerate(recipe.stages)
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ACCELERATORS)

@@ -3,14 +3,23 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from browser import measured, needs_browser
+from matplotlib.figure import Figure
 
+from stacking import report_figures, report_growth_figures
 from stacking.errors import UserError
 from stacking.report import read_metrics, summarize, write_report
 from stacking.report_figures import smoothed
+from stacking.report_growth_figures import gradient_caption
+from stacking.report_html import scaled
+from stacking.report_metrics import RunMetrics
 
 UNIGRAM = 6.25
 Row = dict[str, object]
@@ -52,6 +61,27 @@ def switch_row(step: int) -> Row:
     }  # fmt: skip
 
 
+def with_telemetry() -> list[Row]:
+    """The same run by a version that measures hidden states and gradients; its loss spikes."""
+    rows = []
+    for row in whole_run():
+        stage = row.get("stage", 0)
+        if row["event"] == "train":
+            step = int(str(row["global_step"]))
+            loss = 6.75 if step == 8 else row["mlm_loss"]
+            norms = {"grad_norm_old": 0.6, "grad_norm_new": 0.8} if stage else {}
+            rows.append({**row, "mlm_loss": loss, "grad_norm": 1.0, **norms})
+        elif row["event"] == "evaluation":
+            rows.append({**row, "residual_rms": [0.5 + 0.25 * i for i in range(7 if stage else 4)]})
+        elif row["event"] == "stage_switch":
+            sizes = {"residual_rms_before": [0.5, 0.75, 1.0, 1.25],
+                     "residual_rms_after": [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, None]}  # fmt: skip
+            rows.append({**row, **sizes})
+        else:
+            rows.append(row)
+    return rows
+
+
 def symmetry_row(step: int, cosine: float) -> Row:
     return {"event": "symmetry", "global_step": step, "stage": 1, "steps_in_stage": step - 6,
             "duplicate_similarity": {"ffn": cosine}}  # fmt: skip
@@ -81,6 +111,18 @@ def test_the_headline_numbers_are_those_of_the_last_evaluation(tmp_path: Path) -
     assert (summary.global_step, summary.total_steps, summary.tokens) == (10, 10, 7000)
     assert summary.elapsed_seconds == 5.25
     assert summary.tokens_per_second == 1000.0  # the median of 1000 1000 1000 500 500
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0, "0"), (950, "950"), (6400, "6,400"), (9999.4, "9,999"), (9999.6, "10.0 k"),
+        (12_345, "12.3 k"), (999_960, "1.0 M"), (1e10, "10.0 G"), (3.2e21, "3.2 Z"),
+        (1e30, "1,000,000.0 Y"), (math.nan, "not known yet"), (0.05, "0.05"),
+    ],
+)  # fmt: skip
+def test_counts_of_any_size_are_short(value: float, shown: str) -> None:
+    assert scaled(value) == shown
 
 
 def test_a_resume_takes_the_place_of_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -214,3 +256,155 @@ def test_a_run_that_duplicates_nothing_has_no_such_table(tmp_path: Path) -> None
     rows = [{**row, "duplicate_similarity": {}} for row in rows]
     write(tmp_path, rows)
     assert "Copies of duplicated units" not in write_report(tmp_path).read_text()
+
+
+def test_each_growth_says_how_high_the_loss_rose_and_when_it_was_back(tmp_path: Path) -> None:
+    rows = [*with_telemetry()[:-4], train_row(9, 1, 8.5), train_row(10, 1, 6.0)]
+    write(tmp_path, rows)  # before: the mean of 8, 7, 6; after, by steps: 6.75, 6.75 8.5, ... 6
+    summary = summarize(read_metrics(tmp_path / "metrics.jsonl"))
+    (growth,) = summary.growths
+    assert (growth.height, growth.steps_to_recover, growth.probe_change) == (1.5, 4, 0.25)
+    assert "+1.500 (noise 1.000) nats, recovered in 4 steps" in summary.text()
+    row = summary.row()
+    assert row["growths"] == [{
+        "global_step": 6, "spike_nats": 1.5, "noise_nats": 1.0, "steps_to_recover": 4,
+        "recovery": "recovered in 4 steps", "probe_change_nats": 0.25,
+    }]  # fmt: skip
+    assert row["unigram_loss"] == UNIGRAM
+    text = write_report(tmp_path).read_text()
+    assert "<td>+1.500 (noise 1.000)</td><td>recovered in 4 steps</td>" in text
+    json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("count", [1, 6, 7])
+def test_what_an_unfinished_run_does_not_know_is_null(tmp_path: Path, count: int) -> None:
+    summary = summarize(read_metrics(write(tmp_path, with_telemetry()[:count])))
+    row = summary.row()
+    json.dumps(row, allow_nan=False)
+    words = [growth.recovery for growth in summary.growths]
+    assert words == {1: [], 6: ["not known yet"], 7: ["never rose"]}[count]
+
+
+def test_what_was_measured_of_growth_is_read_and_drawn(tmp_path: Path) -> None:
+    run = read_metrics(write(tmp_path, with_telemetry()))
+    assert [(row.global_step, row.stage, len(row.rms)) for row in run.residuals] == [
+        (6, 0, 4), (6, 1, 7), (10, 1, 7),
+    ]  # fmt: skip
+    assert math.isnan(run.residuals[1].rms[-1])
+    assert (run.train[-1].grad_norm_old, run.train[-1].grad_norm_new) == (0.6, 0.8)
+    assert math.isnan(run.train[0].grad_norm_old)
+    text = write_report(tmp_path).read_text()
+    for caption in ("Size of the hidden states in validation", "in the probe at each growth",
+                    "Gradient norm, and apart", "Cosine between copies"):  # fmt: skip
+        assert caption in text
+
+
+def many_stages() -> list[Row]:
+    """Seven growths of 40 steps each and a long stage, a spike of one nat after each."""
+    start = start_row((*[40] * 7, 720))
+    for layers, stage in enumerate(start["stages"], start=1):  # type: ignore[arg-type, var-annotated]
+        stage["num_hidden_layers"] = layers
+    rows = [start]
+    for step in range(10, 1001, 10):
+        stage = min((step - 1) // 40, 7)
+        if stage and (step - 10) == 40 * stage:
+            growth = {**switch_row(step - 10), "to_stage": stage}
+            rows.append({k: v for k, v in growth.items() if "residual" not in k})
+        spike = 1.0 if stage and step - 10 == 40 * stage else 0.0
+        rows.append(train_row(step, stage, 5.0 + spike))
+    return rows
+
+
+def drawn(path: Path, draw: Callable[[RunMetrics], object], module: ModuleType) -> Figure:
+    """The figure that `draw` makes."""
+    found: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "image_bytes", lambda figure, _: found.append(figure))
+        draw(read_metrics(path))
+    found[0].draw_without_rendering()
+    return found[0]
+
+
+def test_no_two_names_or_labels_overlap_however_many_stages_there_are(tmp_path: Path) -> None:
+    path = write(tmp_path, many_stages())
+    axes = drawn(path, lambda run: report_figures.loss_over_steps(run, "svg"), report_figures).axes[
+        0
+    ]
+    texts = [text for text in axes.texts if text.get_text()]
+    words = [text.get_text() for text in texts]
+    assert words[:8] == ["1", "2", "3", "4", "5", "6", "7", "8 layers"]
+    assert any("recovered in" in word for word in words[8:])
+    boxes = [text.get_window_extent() for text in texts]
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+
+
+def test_gradient_norms_end_with_their_stage_and_a_single_one_is_seen(tmp_path: Path) -> None:
+    rows = [start_row((60, 20, 60)), *(train_row(step, 0, 5.0) for step in range(10, 61, 10))]
+    for stage, steps in ((1, (70, 80)), (2, range(90, 141, 10))):
+        rows.append({**switch_row(60 if stage == 1 else 80), "to_stage": stage})
+        rows += [train_row(step, stage, 5.0) for step in steps]
+    kept = [{k: v for k, v in row.items() if "residual" not in k} for row in rows]
+    for row in kept:
+        step = row.get("global_step", 0)
+        if row["event"] == "train" and (step == 70 or int(str(step)) > 80):
+            row |= {"grad_norm": 0.9, "grad_norm_old": 0.85, "grad_norm_new": 1.0}
+    path = write(tmp_path, kept)
+    axes = drawn(path, report_growth_figures.gradient_norms, report_growth_figures).axes[0]
+    lines = [line for line in axes.lines if line.get_label() == "new ones"]
+    assert [np.asarray(line.get_xdata()).tolist() for line in lines] == [
+        [70],
+        [90, 100, 110, 120, 130, 140],
+    ]
+    assert [line.get_marker() for line in lines] == ["o", "None"]
+    low, high = axes.get_ylim()
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+    assert len(axes.get_legend().get_texts()) == 3  # type: ignore[union-attr]
+    assert gradient_caption(read_metrics(path)).endswith("of new ones")
+    for row in kept:
+        if row.get("global_step") == 70:
+            row.pop("grad_norm_old", None)
+            row.pop("grad_norm_new", None)
+    caption = gradient_caption(read_metrics(write(tmp_path, kept)))
+    assert caption.endswith("(not measured in stage 2: too short)")
+    for row in kept:
+        row.pop("grad_norm_old", None)
+        row.pop("grad_norm_new", None)
+    assert gradient_caption(read_metrics(write(tmp_path, kept))).endswith("of all parameters")
+
+
+def test_a_run_of_an_older_version_has_no_empty_figures(tmp_path: Path) -> None:
+    rows = [{**row, "duplicate_similarity": {}} for row in whole_run()]
+    write(tmp_path, rows)
+    text = write_report(tmp_path).read_text()
+    assert text.count("<figure") == 4
+    assert "hidden states" not in text
+
+
+def test_sizes_of_another_model_are_refused(tmp_path: Path) -> None:
+    rows = with_telemetry()
+    rows[4]["residual_rms"] = [1.0, 2.0]
+    write(tmp_path, rows)
+    with pytest.raises(UserError, match="2 sizes of hidden states in a model of 3 layers"):
+        write_report(tmp_path)
+    rows[4]["residual_rms"] = "1.0"
+    write(tmp_path, rows)
+    with pytest.raises(UserError, match="residual_rms is 1.0, no list"):
+        write_report(tmp_path)
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_every_figure_and_nothing_too_wide(tmp_path: Path, width: int) -> None:
+    write(tmp_path, with_telemetry())
+    shown = measured(write_report(tmp_path), tmp_path, width)
+    assert shown == {"pictures": 8, "broken": 0, "tooWide": False}
+
+
+@pytest.mark.parametrize(("last", "words"), [(9, "yet, after 3 steps"), (10, "stage's 4 steps")])
+def test_a_loss_that_does_not_come_back_is_told(tmp_path: Path, last: int, words: str) -> None:
+    rows = [*with_telemetry()[:-4], *(train_row(step, 1, 9.0) for step in range(8, last + 1))]
+    (growth,) = summarize(read_metrics(write(tmp_path, rows))).growths
+    assert growth.recovery.startswith("not recovered")
+    assert growth.recovery.endswith(words)
+    assert growth.steps_to_recover is None

@@ -1,5 +1,8 @@
 """A run folder is never overwritten, never shared, and never mixed with another recipe's."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +129,30 @@ def test_a_half_written_tag_is_no_beginning(tmp_path: Path) -> None:
     hidden.mkdir(parents=True)
     (hidden / "COMMITTED").write_text("{}")
     RunFolder(tmp_path / "run").check(RECIPE.model_copy(update={"seed": 5}), "never")
+
+
+def test_a_shared_folder_without_locks_is_trained_in_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object, flags: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks"):
+        RunFolder(tmp_path / "run").create(RECIPE, tmp_path)
+    assert (tmp_path / "run" / "recipe.json").exists()
+
+
+def test_what_the_data_say_of_themselves_is_kept_from_the_beginning(tmp_path: Path) -> None:
+    for name, content in (("first", "1"), ("second", "2"), ("third", None)):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "manifest.json").write_text(content)
+    folder = RunFolder(tmp_path / "run")
+    for name in ("second", "third", "first"):  # nothing is committed yet: each is a new beginning
+        folder.create(RECIPE, tmp_path / name)
+        assert folder.manifest.exists() == (name != "third")
+    (folder.checkpoints / "stage1_begin").mkdir(parents=True)
+    (folder.checkpoints / "stage1_begin" / "COMMITTED").write_text("{}")
+    folder.create(RECIPE, tmp_path / "second")
+    assert folder.manifest.read_text() == "1"

@@ -207,6 +207,26 @@ def test_memory_is_sixteen_bytes_a_parameter_shared_by_zero() -> None:
     assert held[2].total == pytest.approx((2 + 14 / 8) * numbers, rel=1e-6)
 
 
+def test_branches_are_counted_without_what_they_share() -> None:
+    """Six grown ones of 240 steps each, scratch of 560, three decays of it, two of the trunk."""
+    plan = planned("switch_times_small")
+    step = planned("scratch_small").stages[0].step_flops
+    decays = [round(share * 160) for share in (0.4, 0.55, 0.75)]
+    of_trunk = [round(share * 400) for share in (0.4, 0.7)]
+    flops = step * (6 * 240 + 560 + sum(decays)) + plan.stages[0].step_flops * sum(of_trunk)
+    assert plan.branches == (12, flops)
+    assert plan.stages[0].step_flops < step
+    assert "12 branches are trained besides" in text_of(plan, 120)
+    assert planned("scratch_small").branches == (0, 0)
+
+
+def test_gradients_that_are_added_up_in_fp32_are_held_twice() -> None:
+    plan = planned("bert_large", engine="cpu_bf16", world_size=2)
+    numbers = plan.stages[0].num_parameters
+    assert plan.memory()[1].gradients == (2 + 4) * numbers
+    assert plan.memory()[2].gradients == pytest.approx(2 * numbers / 2, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("engine", "precision", "bytes_a_weight"),
     [("cpu_fp32", "fp32", 4), ("bf16_fused_adam", "bf16", 2), ("zero2_fp16", "fp16", 2)],

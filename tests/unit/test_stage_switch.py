@@ -1,6 +1,7 @@
 """stacking.stage_switch: the probe holds growth to its promise, as the recipe says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,10 +68,10 @@ def _batch() -> MaskedLMBatch:
     )
 
 
-def _switch(recipe: Recipe) -> SwitchReport:
+def _switch(recipe: Recipe, batch: MaskedLMBatch | None = None) -> SwitchReport:
     old = Snapshot(_weights(recipe.stage_model(0)))
     build: Callable[..., None] = lambda snapshot: None  # noqa: E731 - the engine is not the point
-    probe = Probe(_batch(), torch.device("cpu"))
+    probe = Probe(_batch() if batch is None else batch, torch.device("cpu"))
     return switch_stage(recipe, 1, lambda report: old, build, probe)[1]  # type: ignore[arg-type]
 
 
@@ -86,6 +87,26 @@ def test_every_depth_operator_keeps_what_it_promises(depth: str) -> None:
         assert report.relative_logit_difference <= promise
         assert report.loss_after == pytest.approx(report.loss_before, rel=1e-5)
     assert report.warning == ""
+
+
+@pytest.mark.parametrize("labels", [0, 1, 2])
+def test_the_losses_are_those_that_the_model_computes_in_training(labels: int) -> None:
+    recipe = _recipe("stack")
+    model_config = recipe.model.model_copy(update={"num_nsp_labels": labels})
+    recipe = recipe.model_copy(update={"model": model_config})
+    batch = _batch()
+    batch.masked_lm_ids[1, 1] = -100  # a padded position
+    batch = replace(
+        batch, num_masked=5, next_sentence_labels=batch.next_sentence_labels if labels else None
+    )
+    model = BertForPreTraining(recipe.stage_model(0)).eval()
+    model.load_state_dict(_weights(recipe.stage_model(0)))
+    sums = model(**batch.inputs())
+    expected = sums["mlm_loss_sum"].item() / 5
+    expected += sums["nsp_loss_sum"].item() / 3 if labels else 0.0
+    report = _switch(recipe, batch)
+    assert report.loss_before == pytest.approx(expected, rel=1e-6)
+    assert report.loss_after != report.loss_before
 
 
 def test_a_broken_promise_is_refused_or_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +141,22 @@ def test_the_report_says_what_grew_and_how_alike_the_copies_are() -> None:
     assert report.summary == "num_hidden_layers 2 -> 4, intermediate_size 16 -> 32"
     assert report.duplicate_similarity == {"ffn": pytest.approx(1.0)}
     assert report.promised_tolerance is None  # the depth's copies change the function
+
+
+def test_the_probe_says_how_large_the_hidden_states_of_both_models_are() -> None:
+    recipe, batch = _recipe("identity_exact"), _batch()
+    batch.attention_mask[1, 7:] = False
+    report = _switch(recipe, batch)
+    for stage, sizes in ((0, report.residual_rms_before), (1, report.residual_rms_after)):
+        config = recipe.stage_model(stage)
+        assert len(sizes) == config.num_hidden_layers + 1
+        if stage == 0:
+            model = BertForPreTraining(config).eval()
+            model.load_state_dict(_weights(config))
+            outputs = model(batch.input_ids, attention_mask=batch.attention_mask)
+            last = outputs["last_hidden_state"][batch.attention_mask]
+            assert sizes[-1] == pytest.approx(float(last.detach().square().mean().sqrt()))
+    # The function is kept, and so is what goes in and what comes out.
+    ends = [[sizes[0], sizes[-1]] for sizes in (report.residual_rms_before,
+                                                report.residual_rms_after)]  # fmt: skip
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
