@@ -1,33 +1,40 @@
 """Export a run as a folder that transformers loads; its logits are compared before it counts.
 
 example:
-  python launch/export.py RUN_DIR --out HF_DIR
+  python launch/export.py RUN_DIR --out HF_DIR --data-license cc-by-sa-4.0 --language en
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from stacking.checkpoint import Checkpoint, CheckpointManager
-from stacking.config import BertConfig
-from stacking.config_loading import load_recipe
-from stacking.errors import CheckpointError, UserError
+from stacking.checkpoint import Checkpoint
+from stacking.errors import UserError
 from stacking.hf import ExportReport, save_pretrained
-from stacking.modeling import BertForPreTraining
-from stacking.resume import state_for
+from stacking.hf_card import card
+from stacking.hf_card_facts import run_facts
+from stacking.hf_tokenizer import TOKENIZER
+from stacking.pretrained import checkpoint_model, find_checkpoint, require_tokenizer
+
+HINT = "the model card does not state the data's licence; to do so: --data-license TEXT"
 
 
 def main() -> int:
     """0 done, 2 the user's mistake."""
-    arguments = parse_arguments()
+    options = parse_arguments()
     try:
-        checkpoint = find_checkpoint(arguments.run_dir, arguments.tag)
-        report = export(arguments.run_dir, checkpoint, arguments.out)
+        checkpoint = find_checkpoint(options.run_dir, options.tag)
+        report = export(
+            options.run_dir, checkpoint, options.out, options.data_license, options.language
+        )
     except UserError as error:
-        print(json.dumps({"error": str(error)}) if arguments.json else f"error: {error}",
+        print(json.dumps({"error": str(error)}) if options.json else f"error: {error}",
               file=sys.stderr)  # fmt: skip
         return 2
+    hints = [HINT] if options.data_license is None else []
     result = {
         "architecture": report.architecture,
         "max_logit_difference": report.max_logit_difference,
@@ -35,8 +42,9 @@ def main() -> int:
         "tag": checkpoint.tag,
         "global_step": checkpoint.state.global_step,
         "notes": list(report.notes),
+        "hints": hints,
     }
-    print(json.dumps(result) if arguments.json else as_text(report, checkpoint))
+    print(json.dumps(result) if options.json else as_text(report, checkpoint, hints))
     return 0
 
 
@@ -52,46 +60,38 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="HF_DIR",
         help="folder to write; an earlier export there is replaced")  # fmt: skip
     add("--tag", help="checkpoint under RUN_DIR/checkpoints (default: the furthest committed one)")
+    add("--data-license", metavar="TEXT",
+        help="licence of the training data, for the model card (default: not stated)")  # fmt: skip
+    add("--language", nargs="+", default=[], metavar="CODE",
+        help="languages of the training data, as ISO 639 has them, for the card")  # fmt: skip
     add("--json", action="store_true", help="print the result as one JSON line")
     return parser.parse_args()
 
 
-def find_checkpoint(run_dir: Path, tag: str | None) -> Checkpoint:
-    """The named checkpoint, or the furthest; CheckpointError where there is none."""
-    if not (run_dir / "recipe.json").is_file():
-        raise CheckpointError(f"{run_dir}: no recipe.json, this is not a run folder")
-    manager = CheckpointManager(run_dir / "checkpoints")
-    checkpoint = manager.load(tag) if tag is not None else manager.latest()
-    if checkpoint is None:
-        raise CheckpointError(f"{manager.folder}: no committed checkpoint yet; train first")
-    return checkpoint
+def export(
+    run_dir: Path,
+    checkpoint: Checkpoint,
+    out: Path,
+    data_license: str | None = None,
+    languages: Sequence[str] = (),
+) -> ExportReport:
+    """Build the model of the checkpoint's stage, fill it and write it, with its card."""
+    facts = run_facts(run_dir, checkpoint, data_license, languages)
+    model = checkpoint_model(checkpoint, facts.recipe)
+    tokenizer = run_dir / "tokenizer" if (run_dir / "tokenizer").is_dir() else None
+    path = run_dir / "tokenizer" / TOKENIZER
+    if path.is_file():
+        require_tokenizer(path.read_bytes(), checkpoint.state.tokenizer_sha256, path, run_dir)
+    return save_pretrained(model, model.config, out, tokenizer, partial(card, facts))
 
 
-def export(run_dir: Path, checkpoint: Checkpoint, out: Path) -> ExportReport:
-    """Build the model of the checkpoint's stage, fill it and write it."""
-    recipe = load_recipe(run_dir / "recipe.json")
-    config = recipe.stage_model(state_for(checkpoint, recipe).stage)
-    model = build_model(config, checkpoint)
-    tokenizer = run_dir / "tokenizer"
-    return save_pretrained(model, config, out, tokenizer if tokenizer.is_dir() else None)
-
-
-def build_model(config: BertConfig, checkpoint: Checkpoint) -> BertForPreTraining:
-    """Strictly: each weight that the recipe names, and no other."""
-    model = BertForPreTraining(config)
-    try:
-        model.load_state_dict(checkpoint.weights())
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.folder}: not this recipe's model: {error}") from error
-    return model
-
-
-def as_text(report: ExportReport, checkpoint: Checkpoint) -> str:
+def as_text(report: ExportReport, checkpoint: Checkpoint, hints: Sequence[str]) -> str:
     """What people read."""
     head = f"{report.folder}: {report.architecture} of step {checkpoint.state.global_step:,}"
     proof = "transformers gives the same logits (largest difference "
     proof += f"{report.max_logit_difference:.1e})"
-    return "\n".join([head, proof, *(f"note: {note}" for note in report.notes)])
+    notes = [f"note: {note}" for note in report.notes]
+    return "\n".join([head, proof, *notes, *(f"hint: {hint}" for hint in hints)])
 
 
 if __name__ == "__main__":

@@ -2,18 +2,20 @@
 
 `save_pretrained` writes into a temporary folder beside the target, loads it with transformers,
 offline, compares logits and only then renames it. `load_pretrained` reads the five homes of
-hf_homes.py, also encoder-only ones.
+hf_homes.py, also encoder-only ones, and our own class without running its code.
 """
 
+import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,18 +32,29 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from stacking.config import BertConfig
+from stacking.config_faults import fault_lines
 from stacking.errors import CheckpointError, ConfigError
 from stacking.hf_homes import (
     ESM,
     HOMES,
+    REMOTE,
     ROBERTA_PRE,
     ROFORMER,
     Home,
     choose_home,
     from_home,
+    nearest_homes,
     to_home,
 )
-from stacking.hf_tokenizer import write_tokenizer
+from stacking.hf_remote import own_fields, read_remote, remote_fields, write_code
+from stacking.hf_side_files import CARD, replace_folder, require_replaceable
+from stacking.hf_tokenizer import (
+    DIGEST_FIELD,
+    TOKENIZER,
+    read_tokenizer,
+    write_tokenizer,
+)
+from stacking.hf_vocabulary import trim_vocabulary
 from stacking.modeling import BertForPreTraining, init_weights
 
 logger = logging.getLogger(__name__)
@@ -58,14 +71,6 @@ AnyAuto = type[
 MAX_LOGIT_DIFFERENCE = 1e-4
 """fp32; two correct implementations differ by rounding only, about 1e-6 at unit-size logits."""
 
-EXPORTED_FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-}
 SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -85,30 +90,54 @@ SHARED_FIELDS = (
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: class to load it with, proof that it is our model, what was left out."""
+    """What was written, and the proof that it is our model.
+
+    Attributes:
+        architecture: the class to load it with.
+        max_logit_difference: between transformers' logits and ours, in fp32.
+        folder: where it is.
+        notes: what is otherwise than in the model, without a change of the logits that it has.
+        config: of what was written: its vocabulary may be smaller than the model's.
+        needs_code: whether the class lies in the folder, so that readers have to trust it.
+        has_tokenizer: whether a tokenizer lies beside it.
+    """
 
     architecture: str
     max_logit_difference: float
     folder: Path
     notes: tuple[str, ...]
+    config: BertConfig
+    needs_code: bool
+    has_tokenizer: bool
 
 
 def save_pretrained(
-    model: BertForPreTraining, config: BertConfig, folder: Path, tokenizer_dir: Path | None = None
+    model: BertForPreTraining,
+    config: BertConfig,
+    folder: Path,
+    tokenizer_dir: Path | None = None,
+    card: Callable[[ExportReport], str] | None = None,
 ) -> ExportReport:
     """Write `model` as a folder that transformers' Auto classes load; ConfigError if none can.
 
-    An earlier export at `folder` is replaced, anything else there is refused.
+    With a tokenizer, rows of the vocabulary that it has no ids for are left out. `card` makes the
+    README.md. An earlier export at `folder` is replaced, anything else there is refused.
     """
     home = choose_home(config)
-    _require_replaceable(folder)
+    require_replaceable(folder)
+    tokenizer = None if tokenizer_dir is None else read_tokenizer(tokenizer_dir, config)
+    kept = model if tokenizer is None else trim_vocabulary(model, tokenizer.num_ids)
     partial = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(to_home(model, home), partial / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer_dir is not None:
-        write_tokenizer(tokenizer_dir, partial, config, has_segments=home is not ESM)
-    text = json.dumps(home_config(config, home), indent=2) + "\n"
+    save_file(to_home(kept, home), partial / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer is not None:
+        has_segments = home is not ESM and (home is not REMOTE or config.type_vocab_size > 0)
+        write_tokenizer(tokenizer, partial, config, has_segments=has_segments)
+    if home is REMOTE:
+        write_code(partial)
+    fields = home_config(kept.config, home) | _digest_field(partial)
+    text = json.dumps(fields, indent=2) + "\n"
     (partial / "config.json").write_text(text, encoding="utf-8")
     difference = verify(model, config, partial)
     if not difference < MAX_LOGIT_DIFFERENCE:
@@ -116,8 +145,20 @@ def save_pretrained(
             f"export: logits of {partial} differ by {difference:.3g} from the model's, allowed is "
             f"{MAX_LOGIT_DIFFERENCE}; the folder stays for inspection, {folder} is untouched"
         )
+    notes = tuple(_notes(config, kept.config, home))
+    report = ExportReport(
+        home.architecture(config), difference, folder, notes, kept.config, home is REMOTE,
+        tokenizer is not None,
+    )  # fmt: skip
+    if card is not None:
+        (partial / CARD).write_text(card(report), encoding="utf-8")
     replace_folder(folder, partial)
-    return ExportReport(home.architecture(config), difference, folder, tuple(_notes(config, home)))
+    return report
+
+
+def _digest_field(folder: Path) -> dict[str, object]:
+    path = folder / TOKENIZER
+    return {DIGEST_FIELD: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
 
 
 def verify(
@@ -132,13 +173,16 @@ def verify(
         input_ids: [B,S], padded on the right only; None: random ids with padding and segments.
 
     Returns:
-        Maximum over real tokens of the MLM logits, and over the next-sentence logits.
+        Maximum over real tokens of the MLM logits of the ids that `folder` has, and over the
+        next-sentence logits.
     """
     home = choose_home(config)
     theirs, missing = _load_transformers(folder, home, with_nsp=home.holds_nsp(config))
     if missing:
         raise CheckpointError(f"export: {folder} lacks {', '.join(sorted(missing))}")
-    ids = random_ids(config) if input_ids is None else input_ids
+    size = int(theirs.config.vocab_size)
+    known = config.model_copy(update={"vocab_size": size})
+    ids = random_ids(known) if input_ids is None else input_ids
     mask = ids != config.pad_token_id
     segments = (torch.arange(ids.shape[1]) >= ids.shape[1] // 2).long().expand_as(ids).contiguous()
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
@@ -149,27 +193,38 @@ def verify(
     with torch.no_grad():
         ours = reference(ids, inputs.get("token_type_ids"), mask)
         outputs = theirs(**inputs)
-    logits = outputs.prediction_logits if home.holds_nsp(config) else outputs.logits
-    differences = [(ours["prediction_logits"] - logits)[mask].abs().max()]
+    is_bert = home.holds_nsp(config) and home is not REMOTE
+    logits = outputs.prediction_logits if is_bert else outputs.logits
+    differences = [(ours["prediction_logits"][..., :size] - logits)[mask].abs().max()]
     if home.holds_nsp(config):
         nsp = ours["seq_relationship_logits"] - outputs.seq_relationship_logits
         differences.append(nsp.abs().max())
     return float(torch.stack(differences).max())
 
 
-def load_pretrained(folder: Path) -> tuple[BertForPreTraining, BertConfig]:
-    """Read a folder of one of the five homes in fp32; heads that it lacks are drawn and logged."""
+def load_pretrained(
+    folder: Path, *, keeps_pooler: bool = False
+) -> tuple[BertForPreTraining, BertConfig]:
+    """Read a folder of one of our homes in fp32; heads that it lacks are drawn and logged.
+
+    A pooler without a next-sentence head, as encoders have it, counts as lacking too, unless
+    `keeps_pooler`: then the head is drawn.
+    """
     home, fields = read_home(folder)
-    theirs, missing = _load_transformers(folder, home, with_nsp=True)
-    weights = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
+    if home is REMOTE:
+        weights, missing = read_remote(folder, our_config(fields, home, has_nsp=True))
+    else:
+        theirs, missing = _load_transformers(folder, home, with_nsp=True)
+        weights = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
     has_nsp = home.pre_training_class is not None and not any(
-        "seq_relationship" in name or "pooler" in name for name in missing
+        ("seq_relationship" in name and not keeps_pooler) or "pooler" in name for name in missing
     )
     config = our_config(fields, home, has_nsp)
     if config.tie_word_embeddings:
         require_tied(weights, home, folder)
-    elif biases := {name for name in missing if name.endswith("decoder.bias")}:
+    elif home is not REMOTE:
         # Before release 5, transformers wrote the bias of an untied decoder under one name only.
+        biases = {name for name in missing if name.endswith("decoder.bias")}
         missing, weights = missing - biases, {n: t for n, t in weights.items() if n not in biases}
     model = BertForPreTraining(config)
     model.load_state_dict(from_home(weights, config, home))
@@ -179,6 +234,8 @@ def load_pretrained(folder: Path) -> tuple[BertForPreTraining, BertConfig]:
 
 def home_config(config: BertConfig, home: Home) -> dict[str, object]:
     """config.json of `home`."""
+    if home is REMOTE:
+        return remote_fields(config)
     fields: dict[str, object] = {
         "architectures": [home.architecture(config)],
         "model_type": home.model_type,
@@ -211,10 +268,14 @@ def read_home(folder: Path) -> tuple[Home, dict[str, object]]:
         raise CheckpointError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json, this is not a Hugging Face folder")
-    known = ", ".join(home.model_type for home in HOMES)
+    if (own := own_fields(folder)) is not None:
+        return REMOTE, own
+    known = ", ".join(home.model_type for home in (*HOMES, REMOTE))
     try:
-        with _quiet_transformers():
-            fields = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        with _quiet_transformers():  # Foreign code never runs, and nobody is asked whether it may.
+            fields = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ).to_dict()
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{folder}/config.json: transformers cannot read it, readable are models of type "
@@ -248,16 +309,25 @@ def _load_transformers(
     """(fp32 model in eval mode, names that the file lacks and transformers drew at random)."""
     pre_training = with_nsp and home.pre_training_class is not None
     auto: AnyAuto = AutoModelForPreTraining if pre_training else AutoModelForMaskedLM
-    model, missing, _ = load_transformers(folder, auto)
+    model, missing, _ = load_transformers(folder, auto, runs_code=home is REMOTE)
     return model, missing
 
 
-def load_transformers(folder: Path, auto: AnyAuto) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """(fp32 model in eval mode, names that only the model has, names that only the file has)."""
+def load_transformers(
+    folder: Path, auto: AnyAuto, *, runs_code: bool = False
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """(fp32 model in eval mode, names that only the model has, names that only the file has).
+
+    `runs_code`: the folder was written here, with our own class.
+    """
     try:
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):
             model, info = auto.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=runs_code,
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
@@ -265,9 +335,11 @@ def load_transformers(folder: Path, auto: AnyAuto) -> tuple[PreTrainedModel, set
 
 
 def our_config(fields: dict[str, object], home: Home, has_nsp: bool) -> BertConfig:
-    """BertConfig of a folder with these config.json fields."""
+    """BertConfig of a folder with these config.json fields; ConfigError if no BERT has them."""
     same = set(BertConfig.model_fields) & set(fields)
     values = {name: fields[name] for name in same if fields[name] is not None}
+    if home is REMOTE:
+        return _checked(values if has_nsp else values | {"num_nsp_labels": 0})
     values |= {
         "position": "rotary" if home.requires["position"] == ("rotary",) else "learned",
         "layer_norm": home.requires["layer_norm"][0],
@@ -277,11 +349,19 @@ def our_config(fields: dict[str, object], home: Home, has_nsp: bool) -> BertConf
     if home is ESM:
         values["embedding_layer_norm"] = bool(fields["emb_layer_norm_before"])
         values["type_vocab_size"] = 0
-    config = BertConfig.model_validate(values)
+    config = _checked(values)
     if home is ROBERTA_PRE:
         longest = config.max_position_embeddings - config.pad_token_id - 1
         config = config.model_copy(update={"max_position_embeddings": longest})
     return config
+
+
+def _checked(values: dict[str, object]) -> BertConfig:
+    try:
+        return BertConfig.model_validate(values)
+    except ValidationError as error:
+        lines = fault_lines(error, BertConfig) or [str(e["msg"]) for e in error.errors()]
+        raise ConfigError([f"config.json: {line}" for line in lines]) from error
 
 
 def require_tied(weights: dict[str, Tensor], home: Home, folder: Path) -> None:
@@ -297,7 +377,8 @@ def require_tied(weights: dict[str, Tensor], home: Home, folder: Path) -> None:
 
 def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) -> None:
     """Draw heads that the folder lacks, and say so; anything else that is missing is an error."""
-    heads = {name for name in missing if name.startswith(("cls.", "lm_head.")) or "pooler" in name}
+    beginnings = ("cls.", "lm_head.", "mlm_head.", "seq_relationship.")
+    heads = {name for name in missing if name.startswith(beginnings) or "pooler" in name}
     ignored = {name for name in missing if "contact_head" in name or "embed_positions" in name}
     if not any(
         name.endswith((".transform.dense.weight", "lm_head.dense.weight")) for name in heads
@@ -323,8 +404,19 @@ def random_ids(config: BertConfig, longest: int = 64) -> Tensor:
     return ids
 
 
-def _notes(config: BertConfig, home: Home) -> Iterator[str]:
+def _notes(config: BertConfig, kept: BertConfig, home: Home) -> Iterator[str]:
     """What the folder holds otherwise than the model did, without a change of its MLM logits."""
+    if (left_out := config.vocab_size - kept.vocab_size) > 0:
+        yield (
+            f"{left_out} rows of the vocabulary left out: model.vocab_size is {config.vocab_size}, "
+            f"the tokenizer has {kept.vocab_size} ids"
+        )
+    if home is REMOTE:
+        yield (
+            f"no class of transformers holds this model ({'; '.join(nearest_homes(config))}): its "
+            "own lies in the folder; load it with trust_remote_code=True"
+        )
+        return
     if config.num_nsp_labels and not home.holds_nsp(config):
         yield (
             f"next-sentence head dropped: {home.model_type} has no place for num_nsp_labels="
@@ -338,28 +430,6 @@ def _notes(config: BertConfig, home: Home) -> Iterator[str]:
         yield "the MLM output bias is written as 0"
     if not config.type_vocab_size and home is not ESM:
         yield "the segment table is written as 0"
-
-
-def _require_replaceable(folder: Path) -> None:
-    if folder.is_dir():
-        foreign = sorted({path.name for path in folder.iterdir()} - EXPORTED_FILES)
-        if foreign:
-            raise ConfigError(
-                f"--out {folder}: holds {', '.join(foreign[:3])}, which no export wrote; "
-                "give a new folder"
-            )
-    elif folder.exists():
-        raise ConfigError(f"--out {folder}: is a file; give a folder")
-
-
-def replace_folder(folder: Path, partial: Path) -> None:
-    """Put `partial` in the place of `folder`; at no moment is there a half-written `folder`."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

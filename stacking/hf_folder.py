@@ -27,7 +27,7 @@ from stacking.errors import CheckpointError, ConfigError
 from stacking.growth.plan import GrowthPlan
 from stacking.growth.width import WidthOperator
 from stacking.hf import AnyAuto, load_transformers, require_tied
-from stacking.hf_homes import BERT, MEGATRON, Home, Weights, from_home, to_home
+from stacking.hf_homes import BERT, HOMES, MEGATRON, REMOTE, Home, Weights, from_home, to_home
 from stacking.modeling import BertForPreTraining
 
 _POOLER = "pooler.dense."
@@ -151,6 +151,12 @@ def to_theirs(
 
 def architecture_of(folder: Path, home: Home) -> str | None:
     """The class that config.json names, None where it names none; ConfigError for other heads."""
+    if home is REMOTE:
+        raise ConfigError(
+            f"{folder}/config.json: model_type={home.model_type}, whose class lies in the folder; "
+            f"growable are {', '.join(home.model_type for home in HOMES)}; grow such a model from "
+            "its run, as a stage of a recipe"
+        )
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named: list[str] = fields.get("architectures") or []
     growable = list(_growable_classes(home))

@@ -25,7 +25,7 @@ from stacking.growth.target import (
     resolve_target,
     unknown_size_faults,
 )
-from stacking.hf import load_transformers, our_config, read_home, replace_folder
+from stacking.hf import load_transformers, our_config, read_home
 from stacking.hf_folder import (
     FolderWeights,
     architecture_of,
@@ -37,7 +37,7 @@ from stacking.hf_folder import (
 )
 from stacking.hf_homes import ROBERTA_PRE, Home, Weights
 from stacking.hf_probe import largest_changes, probe_batches
-from stacking.hf_side_files import copy_side_files, out_faults, write_record
+from stacking.hf_side_files import copy_side_files, out_faults, replace_folder, write_record
 
 _INDEPENDENT = ("num_hidden_layers", "intermediate_size", "max_position_embeddings")
 """Sizes that are right or wrong whatever the hidden size is."""

@@ -2,7 +2,8 @@
 
 A home is data: what it requires of a BertConfig, what it calls each weight. Two layouts differ:
 RoFormer pairs rotary features 2i and 2i + 1 (ours: i and i + D/2), and RobertaPreLayerNorm counts
-positions from pad_token_id + 1.
+positions from pad_token_id + 1. What fits none of them has REMOTE, whose class is this project's
+own (stacking/remote_code) and travels with the folder.
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,9 @@ class Home:
     layer_names: Mapping[str, str]
     outer_names: Mapping[str, str]
     pre_training_class: str | None = None
+    layers: str = "encoder.layer"
+    any_nsp_head: bool = False
+    """Whether its next-sentence head may have one logit, or no pooler."""
 
     def objections(self, config: BertConfig) -> list[str]:
         """What this home cannot represent, as `option=value (needs ...)`."""
@@ -45,11 +49,17 @@ class Home:
             value = getattr(config, option)
             if value not in allowed:
                 found.append(f"{option}={value} (needs {' or '.join(map(str, allowed))})")
+        if config.shared_attention_layers:
+            found.append(f"shared_attention_layers={list(config.shared_attention_layers)}")
+        if len(set(config.layer_intermediate_sizes)) > 1:
+            found.append(f"layer_intermediate_sizes={list(config.layer_intermediate_sizes)}")
         return found
 
     def holds_nsp(self, config: BertConfig) -> bool:
         """Whether the next-sentence head can come along."""
-        return self.pre_training_class is not None and config.num_nsp_labels == 2 and config.pooler
+        if self.pre_training_class is None or self.any_nsp_head:
+            return self.any_nsp_head and config.num_nsp_labels > 0
+        return config.num_nsp_labels == 2 and config.pooler
 
     def architecture(self, config: BertConfig) -> str:
         """Class that a folder of this config names."""
@@ -171,38 +181,60 @@ ESM = Home(
     },
 )
 HOMES = (BERT, ROFORMER, MEGATRON, ROBERTA_PRE, ESM)
+"""Classes of transformers."""
+
+REMOTE = Home(
+    model_type="progressive_bert",
+    prefix="bert.",
+    masked_lm_class="ProgressiveBertForPreTraining",
+    pre_training_class="ProgressiveBertForPreTraining",
+    layers="layers",
+    any_nsp_head=True,
+    requires={},
+    layer_names={
+        "attention.qkv": "attention.qkv",
+        "attention.value": "attention.value",
+        "attention.output": "attention.output",
+        "attention_layer_norm": "attention_layer_norm",
+        "feed_forward.inner": "inner",
+        "feed_forward.output": "output",
+        "feed_forward_layer_norm": "output_layer_norm",
+    },
+    outer_names={
+        "encoder.final_layer_norm": "bert.final_layer_norm",
+        "mlm_head.dense": "mlm_head.dense",
+        "mlm_head.layer_norm": "mlm_head.layer_norm",
+        "mlm_head.decoder": "mlm_head.decoder",
+        "mlm_head": "mlm_head.decoder",
+        "nsp_head.pooler": "bert.pooler",
+        "nsp_head.classifier": "seq_relationship",
+    },
+)
+"""stacking/remote_code/modeling_progressive_bert.py."""
 
 
 def choose_home(config: BertConfig) -> Home:
-    """The one home that holds `config`; ConfigError with each near miss where there is none."""
-    if faults := _small_form_faults(config):
-        raise ConfigError(faults)
+    """The class of transformers that holds `config`, REMOTE where none does.
+
+    ConfigError for the one form that has no class at all: a stage with pooled embeddings reads the
+    positions of the masked tokens, which nobody knows after training.
+    """
+    if config.pooling != "none":
+        raise ConfigError(
+            f"model.pooling: got {config.pooling}, which exists in training only; allowed: none; "
+            "grow the model to this form first (a last stage with it)"
+        )
+    return next((home for home in HOMES if not home.objections(config)), REMOTE)
+
+
+def nearest_homes(config: BertConfig) -> list[str]:
+    """Why no class of transformers holds `config`: what is in the way of those with the least."""
     objections = {home.model_type: home.objections(config) for home in HOMES}
-    for home in HOMES:
-        if not objections[home.model_type]:
-            return home
     fewest = min(len(found) for found in objections.values())
-    raise ConfigError(
-        [
-            f"model: transformers' {model_type} cannot hold {', '.join(found)}"
-            for model_type, found in objections.items()
-            if len(found) == fewest
-        ]
-        + ["model: no export; train with the options of one line above, see docs/models.md"]
-    )
-
-
-def _small_form_faults(config: BertConfig) -> list[str]:
-    """Forms of a stage on the way, which transformers has nowhere."""
-    full: dict[str, object] = {"pooling": "none", "shared_attention_layers": ()}
-    sizes = config.layer_intermediate_sizes
-    if len(set(sizes)) > 1:
-        full["layer_intermediate_sizes"] = (max(sizes),) * len(sizes)
     return [
-        f"model.{field}: got {getattr(config, field)}, which no architecture of transformers can "
-        f"hold; allowed: {value or '()'}; grow the model to this form first (a last stage with it)"
-        for field, value in full.items()
-        if getattr(config, field) != value
+        f"{model_type} cannot hold {', '.join(found)}"
+        for model_type, found in objections.items()
+        if len(found) == fewest
     ]
 
 
@@ -212,6 +244,9 @@ def to_home(model: BertForPreTraining, home: Home) -> Weights:
     What a home has and `model` has not gets the value that changes nothing: LayerNorms 1 and 0,
     biases 0, segment vectors 0.
     """
+    if home is REMOTE:
+        own = _own_state(model).items()
+        return {_their_name(name, home): tensor.contiguous() for name, tensor in own}
     config = model.config
     exported: Weights = {}
     for name, tensor in _with_neutral_parts(model).items():
@@ -226,6 +261,8 @@ def from_home(weights: Weights, config: BertConfig, home: Home) -> Weights:
     state: Weights = {}
     with torch.device("meta"):
         names = list(BertForPreTraining(config).state_dict())
+    if home is REMOTE:
+        return {name: weights[_their_name(name, home)].float().clone() for name in names}
     for name in names:
         if QKV in name:
             parts = [weights[theirs] for theirs in _qkv_names(name, home)]
@@ -242,10 +279,19 @@ def from_home(weights: Weights, config: BertConfig, home: Home) -> Weights:
     return {name: tensor.float().clone() for name, tensor in state.items()}
 
 
-def _with_neutral_parts(model: BertForPreTraining) -> Weights:
-    """State dict of `model` in fp32, completed to that of an affine model with all biases."""
+def _own_state(model: BertForPreTraining) -> Weights:
+    """State dict of `model` in fp32, with a table of its positions if they are sinusoidal."""
     config = model.config
     state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    if config.position == "sinusoidal":
+        table = SinusoidalTable(config.hidden_size)
+        state[POSITIONS] = table.lookup(config.max_position_embeddings, torch.zeros(()))
+    return state
+
+
+def _with_neutral_parts(model: BertForPreTraining) -> Weights:
+    """The same, completed to that of an affine model with all biases."""
+    config, state = model.config, _own_state(model)
     norms = [f"{LAYER_PREFIX}{i}.{part}_layer_norm" for i in range(config.num_hidden_layers)
              for part in ("attention", "feed_forward")]  # fmt: skip
     norms += ["encoder.final_layer_norm"] if config.layer_norm == "pre" else []
@@ -253,9 +299,6 @@ def _with_neutral_parts(model: BertForPreTraining) -> Weights:
         state.setdefault(f"{norm}.weight", torch.ones(config.hidden_size))
         state.setdefault(f"{norm}.bias", torch.zeros(config.hidden_size))
     state.setdefault("mlm_head.bias", torch.zeros(config.vocab_size))
-    if config.position == "sinusoidal":
-        table = SinusoidalTable(config.hidden_size)
-        state[POSITIONS] = table.lookup(config.max_position_embeddings, torch.zeros(()))
     return state
 
 
@@ -306,7 +349,7 @@ def _their_name(name: str, home: Home) -> str:
         return f"{home.outer_names[module]}.{kind}"
     if module.startswith(LAYER_PREFIX):
         index, _, part = module.removeprefix(LAYER_PREFIX).partition(".")
-        return f"{home.prefix}encoder.layer.{index}.{home.layer_names[part]}.{kind}"
+        return f"{home.prefix}{home.layers}.{index}.{home.layer_names[part]}.{kind}"
     return home.prefix + name
 
 

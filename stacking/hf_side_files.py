@@ -1,15 +1,31 @@
 """What lies in a Hugging Face folder beside the weights: tokenizer, model card, pooling.
 
 `copy_side_files` takes it along when a model grows; `out_faults` says where a grown model may be
-written.
+written, and `require_replaceable` where an export may.
 """
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from stacking.errors import ConfigError
+from stacking.hf_remote import CODE_FILES
+
+CARD = "README.md"
+_EXPORTED = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    CARD,
+    *CODE_FILES,
+}
+_SEAL = "<!-- Written by launch/export.py; sha256 of what stands above: {} -->\n"
 RECORD = "growth.json"
 """What a growth did: marks a folder as ours, so that the same command may write it again."""
 
@@ -40,6 +56,49 @@ def out_faults(out: Path, model: Path) -> list[str]:
         f"--out {out}: exists and holds {', '.join(foreign[:3])}, which no growth wrote; "
         "give a new folder"
     ]
+
+
+def sealed(card: str) -> str:
+    """A model card with a last line by which we know that nobody has changed it since."""
+    return card + _SEAL.format(hashlib.sha256(card.encode()).hexdigest())
+
+
+def require_replaceable(folder: Path) -> None:
+    """ConfigError where `folder` holds anything that no export wrote, or a card that was edited."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder}: is a file; give a folder")
+    if not folder.is_dir():
+        return
+    foreign = sorted({path.name for path in folder.iterdir()} - _EXPORTED)
+    if foreign:
+        raise ConfigError(
+            f"--out {folder}: holds {', '.join(foreign[:3])}, which no export wrote; "
+            "give a new folder"
+        )
+    if (folder / CARD).exists() and not _is_sealed(folder / CARD):
+        raise ConfigError(
+            f"--out {folder}: its {CARD} is not as an export wrote it; keep it elsewhere, or give "
+            "a new folder"
+        )
+
+
+def replace_folder(folder: Path, partial: Path) -> None:
+    """Put `partial` in the place of `folder`; at no moment is there a half-written `folder`."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_sealed(path: Path) -> bool:
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, ValueError):
+        return False
+    end = re.search(_SEAL.format("[0-9a-f]{64}") + r"\Z", text)
+    return end is not None and sealed(text[: end.start()]) == text
 
 
 def write_record(folder: Path, record: dict[str, object]) -> None:

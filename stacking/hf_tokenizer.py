@@ -1,11 +1,19 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json in, what AutoTokenizer reads out."""
+"""The tokenizer of a Hugging Face folder: tokenizer.json in, what AutoTokenizer reads out.
+
+A model's vocabulary may be padded to a round number; the rows behind the tokenizer's last id stand
+for nothing, and `trim_vocabulary` leaves them out.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from stacking.config import BertConfig
 from stacking.errors import CheckpointError, ConfigError
 
+TOKENIZER = "tokenizer.json"
+DIGEST_FIELD = "tokenizer_sha256"
+"""Of an export's config.json: which tokenizer.json its model reads."""
 # BERT's names first; the others are those of byte-level vocabularies such as RoBERTa's.
 SPECIAL_TOKENS = {
     "unk_token": ("[UNK]", "<unk>"),
@@ -16,27 +24,56 @@ SPECIAL_TOKENS = {
 }
 
 
-def write_tokenizer(source: Path, folder: Path, config: BertConfig, *, has_segments: bool) -> None:
-    """Copy tokenizer.json and vocab.txt of `source`, and what AutoTokenizer needs to pick them up.
+@dataclass(frozen=True)
+class RunTokenizer:
+    """A tokenizer.json as it was read.
 
-    The generic fast class is named, because the class that transformers would guess from the
-    architecture (ESM: amino acids) is another tokenizer.
+    Attributes:
+        content: the JSON object.
+        ids: id of each token.
+        special: role -> token, as transformers names the roles.
     """
-    path = source / "tokenizer.json"
+
+    content: dict[str, object]
+    ids: dict[str, int]
+    special: dict[str, str]
+
+    @property
+    def num_ids(self) -> int:
+        """Rows that a model needs for it."""
+        return 1 + max(self.ids.values())
+
+
+def read_tokenizer(source: Path, config: BertConfig) -> RunTokenizer:
+    """The tokenizer in folder `source`; ConfigError where it is not one for a model of `config`."""
+    path = source / TOKENIZER
     if not path.is_file():
         raise CheckpointError(f"export: {path} is missing; give the folder of the run's tokenizer")
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    ids = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
-    ids |= tokenizer["model"]["vocab"]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ids = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+    ids |= content["model"]["vocab"]
     special = {
         role: next((name for name in names if name in ids), names[0])
         for role, names in SPECIAL_TOKENS.items()
     }
     _check_vocabulary(ids, special, config, path)
-    tokenizer |= {"padding": None, "truncation": None}
+    return RunTokenizer(content, ids, special)
+
+
+def write_tokenizer(
+    source: RunTokenizer, folder: Path, config: BertConfig, *, has_segments: bool
+) -> None:
+    """Write tokenizer.json and vocab.txt, and what AutoTokenizer needs to pick them up.
+
+    The generic fast class is named, because the class that transformers would guess from the
+    architecture (ESM: amino acids) is another tokenizer.
+    """
+    tokenizer = source.content | {"padding": None, "truncation": None}
     if tokenizer.get("post_processor") is None:
-        tokenizer["post_processor"] = _bert_template(ids, special)
-    _write_json(folder / "tokenizer.json", tokenizer)
+        tokenizer["post_processor"] = _bert_template(source.ids, source.special)
+    _write_json(folder / TOKENIZER, tokenizer)
+    model = tokenizer["model"]
+    assert isinstance(model, dict), "read_tokenizer has read its vocabulary"
     names = ["input_ids", "token_type_ids", "attention_mask"]
     if not has_segments:
         names.remove("token_type_ids")
@@ -44,12 +81,12 @@ def write_tokenizer(source: Path, folder: Path, config: BertConfig, *, has_segme
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "model_input_names": names,
-        "clean_up_tokenization_spaces": tokenizer["model"]["type"] == "WordPiece",
-        **special,
+        "clean_up_tokenization_spaces": model["type"] == "WordPiece",
+        **source.special,
     }
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "special_tokens_map.json", special)
-    vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    _write_json(folder / "special_tokens_map.json", source.special)
+    vocabulary = sorted(model["vocab"].items(), key=lambda item: item[1])
     lines = "".join(f"{token}\n" for token, _ in vocabulary)
     (folder / "vocab.txt").write_text(lines, encoding="utf-8")
 

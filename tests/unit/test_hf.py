@@ -1,7 +1,9 @@
 """stacking/hf.py: every home, both directions, judged by logits; refusals; launch/export.py."""
 
+import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.config import BertConfig
 from stacking.errors import CheckpointError, ConfigError
 from stacking.hf import load_pretrained, save_pretrained, verify
-from stacking.hf_homes import choose_home, to_home
+from stacking.hf_homes import REMOTE, choose_home, nearest_homes, to_home
+from stacking.hf_vocabulary import trim_vocabulary
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.snapshot import Snapshot
 
@@ -158,7 +161,7 @@ def test_auto_tokenizer_gives_the_word_pieces(
     assert tokenizer.model_max_length == 19
     assert ("token_type_ids" in batch) == (architecture != "EsmForMaskedLM")
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
-    assert loaded(**batch).logits.shape == (2, 7, 57)
+    assert loaded(**batch).logits.shape == (2, 7, 10)
     assert (tmp_path / "out" / "vocab.txt").read_text().splitlines()[4:7] == [
         "[MASK]",
         "the",
@@ -176,23 +179,69 @@ def test_auto_tokenizer_gives_the_word_pieces(
     ],
 )
 def test_options_without_a_home_are_named(options: dict[str, object], message: str) -> None:
-    """The fault names the option, and each home that is one option away."""
-    with pytest.raises(ConfigError, match=message):
-        choose_home(SIZE.model_copy(update=options))
+    """Each class of transformers that is one option away, and the option."""
+    config = SIZE.model_copy(update=options)
+    assert choose_home(config) is REMOTE
+    assert re.search(message, "; ".join(nearest_homes(config)))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pooling": "mean", "pooling_size": 2}, "model.pooling: got mean, .* allowed: none; grow"),
-        ({"shared_attention_layers": (1, 2)}, r"shared_attention_layers: got \(1, 2\), .*: \(\);"),
-        ({"layer_intermediate_sizes": (8, 31, 8)}, r"got \(8, 31, 8\), .* \(31, 31, 31\); grow"),
-    ],
-)
-def test_small_forms_must_grow_before_export(options: dict[str, object], message: str) -> None:
-    """The fault names the form to grow to."""
-    with pytest.raises(ConfigError, match=message):
-        choose_home(SIZE.model_copy(update=options))
+def test_pooled_embeddings_must_grow_before_export(tmp_path: Path) -> None:
+    """The fault names the form to grow to, and nothing is written."""
+    model = build({"pooling": "mean", "pooling_size": 2})
+    with pytest.raises(ConfigError, match="model.pooling: got mean, .* allowed: none; grow"):
+        save_pretrained(model, model.config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{}, {**UNTIED, "num_nsp_labels": 0}, {"mlm_bias": False}])
+def test_rows_without_an_id_are_left_out(
+    options: dict[str, object], tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """57 rows, 10 ids: the logits of these are the same, and the folder says 10."""
+    model = build(options)
+    report = save_pretrained(model, model.config, tmp_path / "out", tokenizer_dir)
+    assert "47 rows of the vocabulary left out: model.vocab_size is 57" in report.notes[0]
+    assert report.config.vocab_size == 10
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 10
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        assert 57 not in tensor.shape, name
+    again, config = load_pretrained(tmp_path / "out")
+    assert config.vocab_size == 10
+    ids = torch.tensor([[2, 5, 4, 7, 3], [9, 8, 1, 6, 5]])
+    with torch.no_grad():
+        expected = model(ids)["prediction_logits"][..., :10]
+        actual = again.eval()(ids)["prediction_logits"]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert model.config.vocab_size == 57
+
+
+def test_without_a_tokenizer_and_without_padding_nothing_is_trimmed(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    model, exact = build({}), build({"vocab_size": 10})
+    report = save_pretrained(model, model.config, tmp_path / "out")
+    assert (report.config.vocab_size, report.notes) == (57, ())
+    report = save_pretrained(exact, exact.config, tmp_path / "exact", tokenizer_dir)
+    assert (report.config.vocab_size, report.notes) == (10, ())
+
+
+def test_other_rows_than_those_of_the_ids_are_noticed(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shifted(model: BertForPreTraining, num_ids: int) -> BertForPreTraining:
+        with torch.no_grad():
+            model.embeddings.word_embeddings.weight.copy_(
+                model.embeddings.word_embeddings.weight.roll(1, 0)
+            )
+        return trim_vocabulary(model, num_ids)
+
+    monkeypatch.setattr(
+        "stacking.hf.trim_vocabulary",
+        lambda model, num_ids: shifted(copy.deepcopy(model), num_ids),
+    )
+    model = build({})
+    with pytest.raises(CheckpointError, match="logits of .* differ by"):
+        save_pretrained(model, model.config, tmp_path / "out", tokenizer_dir)
 
 
 def test_equal_inner_sizes_are_one_inner_size(tmp_path: Path) -> None:
@@ -419,6 +468,9 @@ def test_export_command_writes_the_furthest_checkpoint(tmp_path: Path, tokenizer
     assert result["max_logit_difference"] < 1e-4
     assert verify(model, model.config, tmp_path / "hf") < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("cat")["input_ids"] == [2, 6, 3]
+    assert "--data-license TEXT" in result["hints"][0]
+    assert "Licence of the data: not stated." in (tmp_path / "hf/README.md").read_text()
+    assert f"{result['max_logit_difference']:.1e}" in (tmp_path / "hf/README.md").read_text()
     done = run_export(tmp_path / "run", "--out", tmp_path / "shallow", "--tag", "stage0_end")
     assert "transformers gives the same logits" in done.stdout
     assert json.loads((tmp_path / "shallow/config.json").read_text())["num_hidden_layers"] == 1

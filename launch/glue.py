@@ -1,0 +1,98 @@
+"""GLUE: fine-tune a pre-trained model on its tasks; score predictions for the dev sets.
+
+examples:
+  python launch/glue.py train RUN_DIR GLUE_DIR --out OUT --seeds 3
+  python launch/glue.py score GLUE_DIR OUT/seed_1/dev --tasks CoLA MRPC STS-B
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from stacking.errors import UserError, is_users
+from stacking.fine_tuning_flags import FLAGS
+from stacking.glue_scores import score_folders
+from stacking.glue_tables import score_lines
+from stacking.glue_tasks import BY_NAME, GlueTask
+
+EXAMPLES = "examples:" + (__doc__ or "").partition("examples:")[2]
+
+
+def main() -> int:
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
+    asked = parse_arguments()
+    try:
+        (train if asked.verb == "train" else score)(asked)
+    except (UserError, OSError) as error:
+        if not is_users(error):
+            raise
+        return complain(f"{error}", asked.json, 2)
+    except KeyboardInterrupt:
+        return complain("stopped; the same command goes on from here", asked.json, 3)
+    return 0
+
+
+def complain(message: str, as_json: bool, code: int) -> int:
+    """Say it on stderr; the exit code."""
+    print(json.dumps({"error": message}) if as_json else f"error: {message}", file=sys.stderr)
+    return code
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="glue.py", description=__doc__, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = verbs.add_parser("train", formatter_class=raw, epilog=EXAMPLES,
+                            help="fine-tune on each task, with one seed or several: predictions "
+                            "and submission files in OUT/seed_N")  # fmt: skip
+    for name, options in FLAGS:
+        verb.add_argument(name, **options)
+    verb.add_argument("glue", type=Path, metavar="GLUE_DIR", help="GLUE's official layout")
+    verb.add_argument("--grid", action="store_true", help="first find each task's batch, rate and "
+                      "epochs on dev: the paper's 12 settings, one run each")  # fmt: skip
+    _add_tasks(verb)
+    verb = verbs.add_parser("score", formatter_class=raw, epilog=EXAMPLES,
+                            help="metrics and averages of predictions for the dev sets, in per "
+                            "cent; tasks that lack gold or predictions are named")  # fmt: skip
+    verb.add_argument("gold", type=Path, metavar="GLUE_DIR", help="GLUE's official layout")
+    verb.add_argument("predictions", type=Path, metavar="PREDICTIONS_DIR",
+                      help="CoLA.tsv, MNLI-m.tsv, ... in the form of a submission: a header `index "
+                      "TAB prediction`; index: number of the dev row from 0")  # fmt: skip
+    _add_tasks(verb)
+    verb.add_argument("--json", action="store_true", help="print the numbers as one JSON line")
+    return parser.parse_args()
+
+
+def _add_tasks(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--tasks", nargs="+", choices=list(BY_NAME), default=list(BY_NAME),
+                      metavar="NAME", help=f"of {', '.join(BY_NAME)} (default: all)")  # fmt: skip
+
+
+def train(asked: argparse.Namespace) -> None:
+    """Fine-tune and print a line a task."""
+    training = importlib.import_module("stacking.glue_outcome")  # only this verb needs torch
+    print(training.train(vars(asked) | {"tasks": _tasks(asked)}))
+
+
+def _tasks(asked: argparse.Namespace) -> tuple[GlueTask, ...]:
+    return tuple(BY_NAME[name] for name in BY_NAME if name in asked.tasks)
+
+
+def score(asked: argparse.Namespace) -> None:
+    """Score the predictions of a folder."""
+    found = score_folders(asked.gold, asked.predictions, _tasks(asked))
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    if asked.json:
+        print(json.dumps({"scores": found.scores, "task_scores": found.task_scores,
+                          "skipped": found.skipped, "average": asdict(found.average)}))  # fmt: skip
+    else:
+        print("\n".join(score_lines(found)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""SQuAD v1.1 and v2.0: fine-tune a pre-trained model, score answers as the official scripts do.
+
+examples:
+  python launch/squad.py train RUN_DIR train-v2.0.json dev-v2.0.json --out OUT --seeds 3
+  python launch/squad.py score dev-v2.0.json predictions.json --null-odds null_odds.json
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from stacking.errors import UserError, is_users
+from stacking.fine_tuning_flags import FLAGS, SQUAD_FLAGS
+from stacking.squad_data import SquadError, read_squad
+from stacking.squad_metrics import Scores, score_version_1, score_version_2
+from stacking.squad_predictions import read_null_odds, read_predictions
+
+EXAMPLES = "examples:" + (__doc__ or "").partition("examples:")[2]
+
+
+def main() -> int:
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
+    asked = parse_arguments()
+    try:
+        scores = train(asked) if asked.verb == "train" else score(asked)
+    except (UserError, OSError) as error:
+        if not is_users(error):
+            raise
+        return complain(f"{error}", asked.json, 2)
+    except KeyboardInterrupt:
+        return complain("stopped; the same command goes on from here", asked.json, 3)
+    if asked.json:
+        print(json.dumps(scores))
+    else:
+        for name, value in scores.items():
+            print(f"{name:<18} {value:10,d}" if isinstance(value, int) else
+                  f"{name:<18} {value:10.4f}")  # fmt: skip
+    return 0
+
+
+def complain(message: str, as_json: bool, code: int) -> int:
+    """Say it on stderr; the exit code."""
+    print(json.dumps({"error": message}) if as_json else f"error: {message}", file=sys.stderr)
+    return code
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="squad.py", description=__doc__, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verb = verbs.add_parser("train", formatter_class=raw, epilog=EXAMPLES,
+                            help="fine-tune, answer a file's questions, print the means over the "
+                            "seeds; OUT/seed_N has the original script's files")  # fmt: skip
+    for name, options in (*FLAGS, *SQUAD_FLAGS):
+        verb.add_argument(name, **options)
+    verb = verbs.add_parser("score", formatter_class=raw, epilog=EXAMPLES,
+                            help="exact match and F1 of predictions, in per cent, as "
+                            "evaluate-v1.1.py or evaluate-v2.0.py computes them")  # fmt: skip
+    add = verb.add_argument
+    add("gold", type=Path, metavar="GOLD", help="SQuAD JSON with the answers; it says its version")
+    add("predictions", type=Path, metavar="PREDICTIONS", help="JSON: question id -> text")
+    add("--null-odds", type=Path, metavar="FILE",
+        help="JSON: question id -> number, larger where no answer is likelier; version 2.0 only: "
+        "adds the best scores and their thresholds")  # fmt: skip
+    add("--null-threshold", type=float, default=1.0, metavar="X",
+        help="null odds above which a prediction counts as no answer (default: 1.0)")  # fmt: skip
+    add("--json", action="store_true", help="print the numbers as one JSON line")
+    return parser.parse_args()
+
+
+def train(asked: argparse.Namespace) -> Scores:
+    """The means of the scores over the seeds; each seed's are told as they come."""
+    training = importlib.import_module("stacking.squad_runs")  # only this verb needs torch
+    scores: Scores = training.train(vars(asked))
+    return scores
+
+
+def score(asked: argparse.Namespace) -> Scores:
+    """The scores under their official names; SquadError if the files do not belong together."""
+    gold = read_squad(asked.gold)
+    predictions = read_predictions(asked.predictions)
+    odds = None if asked.null_odds is None else read_null_odds(asked.null_odds)
+    if not gold.is_version_2:
+        if odds is not None:
+            raise SquadError(f"--null-odds: {asked.gold} is of version 1.1, which has none")
+        unanswered = sum(one.id not in predictions for one in gold.examples)
+        if unanswered:
+            print(f"{unanswered} of {len(gold.examples)} questions have no prediction and count "
+                  "as 0", file=sys.stderr)  # fmt: skip
+        return score_version_1(gold.examples, predictions)
+    return score_version_2(gold.examples, predictions, odds, asked.null_threshold)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What fine-tuning on GLUE came to, as people and programs read it."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from stacking import distributed
+from stacking.fine_tuning_jobs import of_flags, require_writable
+from stacking.glue_metrics import GlueAverage, glue_average, over_seeds
+from stacking.glue_runs import GlueOutcome, GlueRequest, fine_tune_all
+from stacking.glue_tables import average_lines, skipped_lines
+from stacking.glue_training import GlueResult
+
+
+def train(given: Mapping[str, Any]) -> str:
+    """Fine-tune as glue.py's flags say, by name; return the table, or a line of JSON."""
+    request = GlueRequest(
+        *of_flags(given), given["glue"], given["out"], given["tasks"], given["grid"]
+    )
+    require_writable(request.out)
+    for note in request.start.load().notes():
+        print(note, file=sys.stderr, flush=True)
+    try:
+        found = fine_tune_all(request, tell)
+    finally:
+        distributed.shut_down()
+    return json.dumps(training_json(found)) if given["json"] else "\n".join(training_lines(found))
+
+
+def tell(result: GlueResult, done: int, total: int) -> None:
+    """A line on stderr for each run that ends."""
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in result.scores.items())
+    print(f"{result.job.task} seed {result.job.seed}: {scores}  ({result.seconds:,.0f} s; "
+          f"{done} of {total})", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def training_lines(outcome: GlueOutcome) -> Iterator[str]:
+    """A line a task: its mean over the seeds with the 95 % interval; then the averages."""
+    for task in _tasks(outcome):
+        summary = over_seeds(outcome.scores(task))
+        width = "" if summary.half_width is None else f" +- {summary.half_width:.2f}"
+        seeds = "1 seed" if summary.num_seeds == 1 else f"{summary.num_seeds} seeds, 95 % interval"
+        point = outcome.chosen.get(task)
+        chosen = "" if point is None else (
+            f"   batch {point.batch_size}, rate {point.learning_rate:g}, {point.num_epochs} epochs"
+        )  # fmt: skip
+        yield f"{task:<8} {summary.mean:6.2f}{width}   ({seeds}){chosen}"
+    yield from skipped_lines(outcome.skipped)
+    yield from average_lines(_average(outcome))
+
+
+def training_json(outcome: GlueOutcome) -> dict[str, object]:
+    """All numbers."""
+    return {
+        "tasks": {task: asdict(over_seeds(outcome.scores(task))) for task in _tasks(outcome)},
+        "seeds": [
+            {"task": one.job.task, "seed": one.job.seed, "scores": one.scores,
+             "seconds": one.seconds, "setting": asdict(one.job.setting)}
+            for one in outcome.results
+        ],
+        "skipped": outcome.skipped,
+        "average": asdict(_average(outcome)),
+    }  # fmt: skip
+
+
+def _tasks(outcome: GlueOutcome) -> list[str]:
+    return list(dict.fromkeys(one.job.task for one in outcome.results))
+
+
+def _average(outcome: GlueOutcome) -> GlueAverage:
+    return glue_average({task: over_seeds(outcome.scores(task)).mean for task in _tasks(outcome)})

@@ -1,0 +1,158 @@
+"""Tasks, seeds and perhaps a grid in; the jobs that are left, done; their results out.
+
+A job whose result is on disk is not done again. With a grid each task is first tried with every
+setting of the paper and one seed; the seeds that are reported are others and use the best setting.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from stacking.errors import ConfigError
+from stacking.fine_tuning import Setting
+from stacking.fine_tuning_jobs import FLAG_OF, Asked, Start
+from stacking.glue_data import GlueError, find_file, missing_files, read_glue
+from stacking.glue_metrics import select, task_score
+from stacking.glue_predictions import constant_predictions, write_submission
+from stacking.glue_tasks import BY_NAME, SPLITS, GlueRecipe, GlueTask, GridPoint, grid
+from stacking.glue_training import GlueJob, GlueResult, read_result, run_job
+from stacking.side_by_side import side_by_side
+
+GRID_SEED = 0
+"""Of the runs that select; the seeds that are reported begin at 1."""
+Tell = Callable[[GlueResult, int, int], None]
+"""Told of each finished job, how many are done and how many there are."""
+
+
+@dataclass(frozen=True)
+class GlueRequest:
+    """What is asked for."""
+
+    start: Start
+    asked: Asked
+    glue: Path
+    out: Path
+    tasks: tuple[GlueTask, ...]
+    grid: bool = False
+    """Whether the settings are searched on dev first."""
+
+    def __post_init__(self) -> None:
+        """ConfigError with all faults."""
+        given = [FLAG_OF[name] for name in self.asked.settings]
+        if self.grid and given:
+            raise ConfigError(f"--grid finds {', '.join(given)}; leave out one or the other")
+
+    def job(self, task: GlueTask, seed: int, folder: Path) -> GlueJob:
+        """With the task's recipe, but for what is asked otherwise."""
+        assert task.recipe is not None
+        return GlueJob(
+            task.name, seed, self._setting(task.recipe), folder, self.start, self.glue,
+            task.recipe.max_seq_length,
+        )  # fmt: skip
+
+    def _setting(self, recipe: GlueRecipe) -> Setting:
+        own = Setting(
+            recipe.num_epochs, recipe.batch_size, recipe.learning_rate, recipe.warmup_share,
+            recipe.weight_decay,
+        )  # fmt: skip
+        return replace(own, **self.asked.settings)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class GlueOutcome:
+    """What was trained."""
+
+    results: tuple[GlueResult, ...]
+    """In the order of tasks, then seeds."""
+    chosen: dict[str, GridPoint]
+    """Of a grid: the setting of each task."""
+    skipped: dict[str, str]
+    """Tasks by name that were not trained, each with the reason."""
+
+    def scores(self, task: str) -> list[float]:
+        """The task's one number of each seed, in per cent."""
+        found = [result for result in self.results if result.job.task == task]
+        return [task_score(BY_NAME[task], result.scores) for result in found]
+
+
+def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
+    """Train what is not yet trained; UserError where nothing can be, or --out holds other runs."""
+    reasons = {task.name: _reason(request.glue, task) for task in request.tasks}
+    tasks = [task for task in request.tasks if not reasons[task.name]]
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if not tasks:
+        told = "\n".join(f"  - {name}: {reason}" for name, reason in skipped.items())
+        raise GlueError(f"no task can be trained:\n{told}")
+    chosen = _search(request, tasks, tell) if request.grid else {}
+    jobs = []
+    for task in tasks:
+        for seed in request.asked.seeds:
+            job = request.job(task, seed, request.out / f"seed_{seed}")
+            jobs.append(_at(job, chosen[task.name]) if chosen else job)
+    results = _run(jobs, request.asked.processes, tell)
+    _write_constants(request)
+    return GlueOutcome(tuple(results), chosen, skipped)
+
+
+def _search(request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell) -> dict[str, GridPoint]:
+    """The best setting of each task by its dev score."""
+    points = grid()
+    jobs = [
+        replace(_at(request.job(task, GRID_SEED, request.out / "grid" / _name(point)), point),
+                predicts_test=False)
+        for task in tasks for point in points
+    ]  # fmt: skip
+    results = iter(_run(jobs, request.asked.processes, tell))
+    return {
+        task.name: select({point: task_score(task, next(results).scores) for point in points})
+        for task in tasks
+    }
+
+
+def _run(jobs: Sequence[GlueJob], processes: int, tell: Tell) -> list[GlueResult]:
+    """The results of all jobs in their order; those on disk are read."""
+    done = {job: found for job in jobs if (found := read_result(job)) is not None}
+    left = [job for job in jobs if job not in done]
+    for result in side_by_side(run_job, left, processes):
+        done[result.job] = result
+        tell(result, len(done), len(jobs))
+    return [done[job] for job in jobs]
+
+
+def _at(job: GlueJob, point: GridPoint) -> GlueJob:
+    setting = replace(
+        job.setting, num_epochs=point.num_epochs, batch_size=point.batch_size,
+        learning_rate=point.learning_rate,
+    )  # fmt: skip
+    return replace(job, setting=setting)
+
+
+def _name(point: GridPoint) -> str:
+    return f"batch{point.batch_size}_rate{point.learning_rate:g}_epochs{point.num_epochs}"
+
+
+def _reason(glue: Path, task: GlueTask) -> str:
+    """Why a task cannot be trained, or ""."""
+    if task.constant is not None:
+        has_files = any(find_file(glue, task, split) is not None for split in SPLITS[1:])
+        return f"is not trained: {task.constant} is submitted for every row" if has_files else (
+            f"is not trained, and {glue / task.test.path} is missing"
+        )  # fmt: skip
+    if task.predicted_by is not None:
+        return f"is not trained: the model of {task.predicted_by} predicts it"
+    lacking = missing_files(glue, [task], ("train", "dev")).get(task.name, [])
+    deed = "are" if len(lacking) > 1 else "is"
+    told = " and ".join(str(glue / name) for name in lacking)
+    return f"{told} {deed} missing" if lacking else ""
+
+
+def _write_constants(request: GlueRequest) -> None:
+    """Predictions of the tasks that nobody trains, beside the others."""
+    constant = [task for task in request.tasks if task.constant is not None]
+    for task, split in product(constant, SPLITS[1:]):
+        if find_file(request.glue, task, split) is not None:
+            part = read_glue(request.glue, task, split)
+            said = constant_predictions(task, len(part.examples))
+            for seed in request.asked.seeds:
+                write_submission(request.out / f"seed_{seed}" / split, task, part.examples, said)

@@ -1,0 +1,119 @@
+"""launch/squad.py score: what it prints, and each mistake as one message with exit code 2."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from squad_sets import VERSION_1, VERSION_2
+
+from stacking.squad_data import read_squad
+
+SCRIPT = Path(__file__).resolve().parents[2] / "launch/squad.py"
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The script's `main` in this process."""
+    spec = importlib.util.spec_from_file_location("launch_squad", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["squad.py", *map(str, words)])
+        code: int = script.main()
+        return code
+
+    return run
+
+
+@pytest.fixture
+def perfect(tmp_path: Path) -> Callable[[Path], Path]:
+    """Return `(gold) -> predictions.json` with the first answer of each question."""
+
+    def write(gold: Path) -> Path:
+        said = {
+            one.id: (*(a.text for a in one.answers), "")[0] for one in read_squad(gold).examples
+        }
+        path = tmp_path / "predictions.json"
+        path.write_text(json.dumps(said))
+        return path
+
+    return write
+
+
+def test_version_1_is_scored(
+    command: Command, perfect: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("score", VERSION_1, perfect(VERSION_1)) == 0
+    assert capsys.readouterr().out == (
+        "exact_match          100.0000\nf1                   100.0000\n"
+    )
+
+
+def test_unanswered_questions_are_told(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "predictions.json"
+    path.write_text('{"mill-when": "1764"}')
+    assert command("score", VERSION_1, path, "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["exact_match"] == pytest.approx(100 / 19)
+    assert said.err == "18 of 19 questions have no prediction and count as 0\n"
+
+
+def test_version_2_is_scored_with_null_odds(
+    command: Command,
+    perfect: Callable[[Path], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    odds = tmp_path / "null_odds.json"
+    odds.write_text(json.dumps({one.id: 2.0 for one in read_squad(VERSION_2).examples}))
+    words = ("score", VERSION_2, perfect(VERSION_2), "--null-odds", odds, "--json")
+    assert command(*words) == 0
+    silent = json.loads(capsys.readouterr().out)
+    assert (silent["HasAns_f1"], silent["NoAns_f1"], silent["best_f1"]) == (0.0, 100.0, 100.0)
+    assert command(*words, "--null-threshold", 2) == 0
+    assert json.loads(capsys.readouterr().out)["f1"] == 100.0
+
+
+def test_each_mistake_is_one_message(
+    command: Command,
+    perfect: Callable[[Path], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = perfect(VERSION_1)
+    assert command("score", tmp_path / "none.json", said) == 2
+    assert "none.json: cannot be read" in capsys.readouterr().err
+    assert command("score", said, said) == 2
+    assert "no SQuAD file of version 1.1 or 2.0" in capsys.readouterr().err
+    assert command("score", VERSION_1, VERSION_1) == 2
+    assert "Input should be a valid string" in capsys.readouterr().err
+    assert command("score", VERSION_2, said) == 2
+    assert "11 of 11 questions have no prediction" in capsys.readouterr().err
+    assert command("score", VERSION_1, said, "--null-odds", said, "--json") == 2
+    assert "a valid number" in json.loads(capsys.readouterr().err)["error"]
+    said.write_text("{}")
+    assert command("score", VERSION_1, said, "--null-odds", said) == 2
+    assert "is of version 1.1, which has none" in capsys.readouterr().err
+
+
+def test_it_needs_neither_torch_nor_deepspeed() -> None:
+    code = """
+import runpy, sys
+runpy.run_path(sys.argv[1])
+print({"torch", "deepspeed", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == "set()\n"
