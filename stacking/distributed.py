@@ -1,5 +1,6 @@
 """Who this process is: rank, world, barriers and agreement. The only reader of the environment."""
 
+import ctypes
 import os
 import socket
 import sys
@@ -15,8 +16,49 @@ from stacking.errors import UserError, everybodys, is_users
 
 _Result = TypeVar("_Result")
 
-# What a launcher leaves behind when it has told this process its rank.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+# What a launcher leaves behind when it has told this process its rank: torch's and DeepSpeed's,
+# Open MPI's, MPICH's and Intel's, Slurm's.
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+_WORLD_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+_LOCAL_SIZE_VARIABLES = (
+    "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS",
+)  # fmt: skip
+_PORT = 29500  # on which the ranks meet; torch's default
+
+
+def prepare_memory() -> None:
+    """Let torch ask for huge pages, unless the environment says otherwise.
+
+    Torch reads this when it allocates its first tensor: call it before.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, unless the environment has an opinion: for training on a CPU.
+
+    A step allocates and frees large tensors all the time. The system gives and takes them page by
+    page, which takes longer than the arithmetic (docs/performance.md). See `release_memory`.
+    """
+    is_chosen = (
+        any(name.startswith("MALLOC_") for name in os.environ)
+        or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+        or "LD_PRELOAD" in os.environ
+    )
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "gnu_get_libc_version") and not is_chosen:
+        c_library.mallopt(_M_MMAP_MAX, 0)
+        c_library.mallopt(_M_TRIM_THRESHOLD, -1)  # at no size
+
+
+def release_memory() -> None:
+    """Give the system back what the process has freed."""
+    c_library = ctypes.CDLL(None)
+    if hasattr(c_library, "malloc_trim"):
+        c_library.malloc_trim(0)
 
 
 def prepare_environment() -> None:
@@ -57,38 +99,72 @@ def telling_of_missing_ranks(after: float = 60.0) -> Iterator[None]:
         timer.cancel()
 
 
+def share_cores(processes: int) -> None:
+    """Give processes that are started from here equal shares of the cores, unless OMP_NUM_THREADS
+    is set.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+
+
+def take_device(number: int) -> None:
+    """Make the GPU of this number, counted round, the only one that this process sees.
+
+    Before CUDA is first used; without a GPU nothing happens.
+    """
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = range(torch.cuda.device_count()) if asked is None else asked.split(",")
+    devices = [str(device) for device in known if str(device)]
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+
+
 def limit_cpu_threads() -> None:
     """Share the cores among this host's ranks unless OMP_NUM_THREADS says otherwise.
 
     Two processes that each spin on all cores slow each other several times.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, (cores or 1) // local_world_size()))
+        torch.set_num_threads(max(1, _cores() // local_world_size()))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return found or 1
+
+
+def environment() -> dict[str, str]:
+    """A copy of all variables, for what is started from here."""
+    return dict(os.environ)
 
 
 def rank() -> int:
     """This process's rank, 0-based; from the launcher before the group exists."""
     if distributed.is_initialized():
         return distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return _told(_RANK_VARIABLES, 0)
 
 
 def world_size() -> int:
     """Number of ranks."""
     if distributed.is_initialized():
         return distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _told(_WORLD_VARIABLES, 1)
 
 
 def local_rank() -> int:
     """This process's rank on its host: which of the host's devices is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _told(_LOCAL_RANK_VARIABLES, 0)
 
 
 def local_world_size() -> int:
     """Number of ranks on this host."""
-    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return _told(_LOCAL_SIZE_VARIABLES, 1)
+
+
+def _told(names: tuple[str, ...], otherwise: int) -> int:
+    """By the first launcher that has told it."""
+    return int(next((os.environ[name] for name in names if name in os.environ), otherwise))
 
 
 def is_main() -> bool:
@@ -107,6 +183,12 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if distributed.is_initialized():
         distributed.all_reduce(values)
     return values
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small CPU tensor on `device`; the host does not wait for the copy."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def all_ranks_agree(claim: bool, device: torch.device) -> bool:
@@ -198,6 +280,22 @@ def gather_on_main(value: _Result) -> list[_Result] | None:
     return found
 
 
+def gather_tensors(tensor: torch.Tensor, received: list[torch.Tensor]) -> None:
+    """Every rank's `tensor` into the main rank's `received`, by rank; empty elsewhere. Collective.
+
+    All have one shape, and a device of the kind that the process group works on.
+    """
+    if distributed.is_initialized():
+        distributed.gather(tensor, received if is_main() else None, dst=0)
+    else:
+        received[0].copy_(tensor)
+
+
+def has_group() -> bool:
+    """Whether the ranks have met."""
+    return distributed.is_initialized()
+
+
 def shut_down() -> None:
     """Destroy the process group: gloo jobs abort at random at exit without it."""
     if distributed.is_initialized():
@@ -207,6 +305,11 @@ def shut_down() -> None:
 def master_address() -> str:
     """The host on which all ranks meet, as the launcher named it; "" where it named none."""
     return os.environ.get("MASTER_ADDR", "")
+
+
+def master_port() -> int:
+    """The port on which all ranks meet; MPI, which names none, leaves it to MASTER_PORT."""
+    return _told(("MASTER_PORT",), _PORT)
 
 
 def rank_name() -> str:

@@ -45,6 +45,7 @@ EXIT_CODE = 4
 MISTAKE_CODE = 2  # another rank met what the user has to mend
 _RESUMABLE = "everything up to the last checkpoint is saved: the same command continues"
 _CONNECT = timedelta(seconds=60)  # to find the main rank's store
+_OWN = "127.0.0.1"
 _FLUSH = 5.0  # seconds for the last words of a rank that leaves
 _LAST_WORDS = 300  # characters of an error that the others are told
 # What gloo, NCCL and torch say when a peer is gone; all but DistError are bare RuntimeErrors.
@@ -145,6 +146,8 @@ class RankWatch:
         talk, guard = self._threads
         if self._state in (State.LOST, State.TOLD):
             guard.join(limits.dead_after + limits.error_grace + _FLUSH)
+            if self._state is State.TOLD:  # it ends this process, when a save is finished
+                guard.join()
         elif distributed.is_main():
             # The store ends with this rank, so it is the last to leave.
             seconds = limits.error_grace + limits.soon if self._detail else limits.dead_after
@@ -163,13 +166,12 @@ class RankWatch:
 
     def _open(self) -> int:
         """Start the store; its port."""
-        host = distributed.master_address() or "127.0.0.1"
         try:
-            store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_CONNECT)
+            # It listens on all addresses; what this rank itself uses outlives the network's.
+            store = TCPStore(_OWN, 0, is_master=True, wait_for_workers=False, timeout=_CONNECT)
         except (DistError, OSError) as error:
             raise UserError(
-                f"cannot open a store for the watch over the ranks on {host} (MASTER_ADDR): "
-                f"{_first_line(error)}"
+                f"cannot open a store for the watch over the ranks: {_first_line(error)}"
             ) from error
         # Every key that is read exists from now on: a reader never waits.
         for key in (*map(_key, range(len(self._names))), "fault"):
@@ -181,7 +183,7 @@ class RankWatch:
         """Find the main rank's store."""
         if self._store is not None:
             return
-        host = distributed.master_address() or "127.0.0.1"
+        host = distributed.master_address() or _OWN
         try:
             self._store = TCPStore(host, port, wait_for_workers=False, timeout=_CONNECT)
         except (DistError, OSError) as error:
