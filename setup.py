@@ -31,6 +31,7 @@ setup(
         "stacking",
         "stacking.growth",
     ],
+    package_data={"stacking": ["remote_code/*.py"]},  # copied into exports, imported by nobody here
     # Lower bounds are what the tests run with (constraints.txt), or, where that has no build for
     # Python 3.10, what pip takes there. Older releases may work; nobody has tried.
     install_requires=[
@@ -50,6 +51,7 @@ setup(
         "tokenizers>=0.23",
         "torch>=2.13",
         "transformers>=5.20.2",
+        "typing_extensions>=4.16",  # Self, for Python 3.10
         "xxhash>=4.1",  # duplicate paragraphs and documents
         "zstandard>=0.25",  # text in .zst
     ],
@@ -58,7 +60,8 @@ setup(
         # nvcc. apex can be no extra: PyPI's `apex` is an unrelated package; NVIDIA's is built from
         # its source repository. Where it is installed the DeepSpeed JSON may choose its kernels.
         "gpu": ["ninja>=1.11"],
-        "mpi": ["mpi4py>=4.0"],  # shards from MPI ranks; needs an MPI library on the machine
+        "glue": ["scikit-learn>=1.7.2", "scipy>=1.15.3"],  # its metrics
+        "mpi": ["mpi4py>=4.0"],  # training and shards on MPI ranks; needs an MPI library
         "dev": [
             "hypothesis>=6.168",
             "mpi4py>=4.0",
@@ -66,6 +69,8 @@ setup(
             "pytest>=9.2",
             "pytest-timeout>=2.4",
             "ruff>=0.17",
+            "scikit-learn>=1.7.2",
+            "scipy>=1.15.3",
         ],
     },
 )

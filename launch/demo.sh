@@ -62,7 +62,8 @@ step "1/4 text to shards" "$out/data/manifest.json" \
     --vocab-size 8192 --max-seq-length 128 --pairs none --out "$out/data"
 step "2/4 pre-train, growing 2 -> 4 -> 8 layers" "$out/run.finished" pretrain
 step "3/4 export to Hugging Face" "$out/hf/config.json" \
-    python "$root/launch/export.py" "$out/run" --out "$out/hf"
+    python "$root/launch/export.py" "$out/run" --out "$out/hf" --language en \
+    --data-license "CC BY-SA 4.0 (Wikipedia), public domain (Austen)"
 echo "== 4/4 report"
 python "$root/launch/report.py" "$out/run"
 echo "Hugging Face folder  $out/hf"

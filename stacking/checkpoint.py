@@ -16,13 +16,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
+from typing_extensions import Self
 
 from data_prep.plain_files import read_plain
 from stacking.config_model import MOST_LAYERS
@@ -48,6 +48,9 @@ class TrainState(BaseModel):
     real_tokens: int = Field(0, ge=0, description="Tokens trained on, padding excluded.")
     elapsed_seconds: float = Field(0.0, ge=0, description="Training time over all sessions.")
     recipe_sha256: str = Field(description="Digest of what is trained.")
+    tokenizer_sha256: str = Field(
+        "", description="Of the data's tokenizer.json; empty where they have none."
+    )
 
 
 class Cohort(BaseModel):

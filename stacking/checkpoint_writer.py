@@ -5,6 +5,7 @@ Writing, hashing and syncing release Python's lock, so that the training thread 
 """
 
 import warnings
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from stacking.checkpoint import CheckpointManager, TrainState
@@ -36,16 +37,27 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._manager.save, tag, snapshot, state)
 
     def settle(self) -> None:
-        """Wait until what was begun is committed; CheckpointError if it is not."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Wait until what was begun is committed; CheckpointError if it is not.
 
-    def close(self) -> None:
-        """Finish what was begun and end the thread; a fault that nobody settled is but logged."""
+        Until then it is pending: `close` may be called from the watch's thread meanwhile.
+        """
         try:
-            self.settle()
-        except CheckpointError as fault:
-            warnings.warn(str(fault), stacklevel=2)
+            if self._pending is not None:
+                self._pending.result()
         finally:
-            self._thread.shutdown()
+            self._pending = None
+
+    def close(self, at_most: float | None = None) -> None:
+        """Finish what was begun and end the thread; a fault that nobody settled is but logged.
+
+        `at_most`: seconds after which a save is left to itself; None: it is waited for. Python's
+        own end waits for the thread all the same, unless the process is ended (rank_watch.py).
+        """
+        pending = self._pending
+        try:
+            if pending is not None:
+                pending.result(at_most)
+        except (CheckpointError, futures.TimeoutError) as fault:
+            warnings.warn(str(fault) or "a save did not end", stacklevel=2)
+        finally:
+            self._thread.shutdown(wait=False)

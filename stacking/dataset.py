@@ -65,8 +65,12 @@ class PretrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         model_vocab_size: int | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        """`model_vocab_size`: the limit of ids in shards without manifest, checked a batch."""
+        """`model_vocab_size`: the limit of ids in shards without manifest, checked a batch.
+
+        `pin_memory`: put batches where a CUDA device copies them from while the host goes on.
+        """
         if global_batch_size % (micro_batch_size * world_size):
             raise ConfigError(
                 f"global_batch_size {global_batch_size} is not a multiple of micro batch "
@@ -80,6 +84,7 @@ class PretrainingLoader:
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
+        self._pin_memory = pin_memory
         share = global_batch_size // world_size
         self._share = (rank * share, (rank + 1) * share)
         # The reader thread has an order of its own: caches are not shared between threads.
@@ -163,13 +168,13 @@ class PretrainingLoader:
             rows, epochs = self._order.locate(
                 np.arange(start + self._share[0], start + self._share[1])
             )
-            micro = range(0, rows.size, self._micro_batch_size)
-            yield [
+            batches = [
                 self._batches.make(
                     rows[i : i + self._micro_batch_size], epochs[i : i + self._micro_batch_size]
                 )
-                for i in micro
+                for i in range(0, rows.size, self._micro_batch_size)
             ]
+            yield [batch.pinned() for batch in batches] if self._pin_memory else batches
             start += self._global_batch_size
 
 

@@ -29,6 +29,10 @@ class ConfigError(UserError):
         head = f"{count} fault{'s' if count != 1 else ''} in the configuration:"
         super().__init__("\n".join([head, *(f"  - {fault}" for fault in self.faults)]))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
+        """Pickled by its faults: from another process it comes with the same message."""
+        return type(self), (self.faults,)
+
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, uncommitted, corrupt or of another model."""

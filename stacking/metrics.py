@@ -1,7 +1,9 @@
 """Numbers of a run: the metrics file, throughput, FLOPs, and the unigram baseline."""
 
+import errno
 import json
 import math
+import platform
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from stacking import cost, distributed
 from stacking.config import BertConfig, DataConfig, Freeze
 from stacking.dataset import MaskedLMBatch
 from stacking.errors import UserError
+
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 class MetricsLog:
@@ -31,6 +35,8 @@ class MetricsLog:
         self._file: IO[bytes] | None = None
         if distributed.is_main():
             try:
+                if path.exists() and not path.is_file():
+                    raise OSError(errno.EINVAL, "it is no plain file")
                 _drop_torn_line(path)
                 self._file = path.open("ab", buffering=0)
             except OSError as error:
@@ -74,7 +80,7 @@ class MetricsLog:
 
 def last_row(path: Path, event: str = "") -> dict[str, object] | None:
     """The newest row of one kind, or of any; None where there is none."""
-    if not path.exists():
+    if not path.is_file():
         return None
     lines = path.read_bytes().splitlines(keepends=True)
     rows = (_row(line) for line in reversed(lines) if line.endswith(b"\n"))
@@ -114,20 +120,20 @@ class Window:
 
     def restart(self) -> None:
         """Forget what was collected and start the clock anew."""
-        # MLM loss, NSP loss, correct, masked tokens, sequences, tokens, real tokens
-        self._sums = torch.zeros(7, dtype=torch.float64, device=self.device)
+        # MLM loss, NSP loss, correct
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # masked tokens, sequences, tokens, real tokens: known to the host, which sends them once
+        self._sizes = np.zeros(4)
         self._steps = 0
         self._data_wait = 0.0
         self._began = time.perf_counter()
 
     def add(self, totals: torch.Tensor, batches: Iterable[MaskedLMBatch], waited: float) -> None:
         """Add one step: `totals` [3] from TrainEngine.train_step and its micro batches."""
-        self._sums[:3] += totals
-        sizes = np.zeros(4)
+        self._sums += totals
         for batch in batches:
             shape = batch.input_ids.shape
-            sizes += (batch.num_masked, shape[0], shape.numel(), batch.num_real_tokens)
-        self._sums[3:] += torch.from_numpy(sizes).to(self.device, non_blocking=True)
+            self._sizes += (batch.num_masked, shape[0], shape.numel(), batch.num_real_tokens)
         self._steps += 1
         self._data_wait += waited
 
@@ -138,8 +144,9 @@ class Window:
 
     def take(self) -> WindowRates:
         """Sum over ranks, read, and start anew. Collective; synchronises."""
+        sizes = torch.from_numpy(self._sizes).to(self.device)
         mlm, nsp, correct, masked, sequences, tokens, real = distributed.sum_over_ranks(
-            self._sums
+            torch.cat([self._sums, sizes])
         ).tolist()
         seconds = time.perf_counter() - self._began
         rates = WindowRates(
@@ -173,6 +180,18 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def device_name(device: torch.device) -> str:
+    """What it is sold as; of a CPU as Linux tells it, else the machine's kind; may be empty."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = _CPU_INFO.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), platform.machine())
+
+
 def unigram_loss(batches: Iterable[MaskedLMBatch], counts: np.ndarray) -> float:
     """Mean MLM loss (nats) of predicting training frequencies (add-one smoothed) on `batches`."""
     nats = -np.log((counts + 1.0) / (counts.sum() + len(counts)))
@@ -183,6 +202,8 @@ def unigram_loss(batches: Iterable[MaskedLMBatch], counts: np.ndarray) -> float:
 def _jsonable(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
     return value
 
 

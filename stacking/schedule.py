@@ -102,6 +102,22 @@ def stage_rates(recipe: Recipe, step: int) -> tuple[float, float]:
     return rate * old, rate * new
 
 
+def rate_corners(recipe: Recipe) -> set[int]:
+    """Where the formula of `stage_rates` changes; some may lie outside of the run.
+
+    From one such step to the next a rate is linear or a cosine, times a factor that is linear.
+    """
+    rate, stages = recipe.learning_rate, recipe.stages
+    bounds = [stage_start(stage, stages) for stage in range(len(stages) + 1)]
+    run = [(0, rate.total_steps or bounds[-1])]
+    found = {*bounds, *(step for step, _ in rate.points)}
+    for begin, end in pairwise(bounds) if rate.scope == "stage" else run:
+        found |= {begin + rate.warmup_steps, end - rate.decay_steps, end}
+    for begin, stage in zip(bounds, stages, strict=False):
+        found.add(begin + (stage.rewarm.steps if stage.rewarm else 0))
+    return found
+
+
 def _between_points(step: int, points: Sequence[tuple[int, float]]) -> float:
     """Linear between (global_step, rate) corners; the outermost rates hold outside of them."""
     assert points, "schedule 'piecewise' without points"

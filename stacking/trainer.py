@@ -16,7 +16,8 @@ import torch
 
 from stacking import distributed, engine, engine_options, metrics
 from stacking.autopsy import autopsy
-from stacking.checkpoint import CheckpointManager, TrainState
+from stacking.branches import branch_steps
+from stacking.checkpoint import CheckpointManager
 from stacking.config import Recipe
 from stacking.dataset import PretrainingLoader
 from stacking.deepspeed_config import (
@@ -27,17 +28,18 @@ from stacking.deepspeed_config import (
     resolve_stages,
 )
 from stacking.engine import TrainEngine
+from stacking.engine_log import log_to
 from stacking.errors import ConfigError, NonFiniteError, UserError
 from stacking.growth.legality import recipe_faults
-from stacking.modeling import BertForPreTraining, init_weights
 from stacking.progress import ProgressReporter
 from stacking.rank_agreement import require_equal
 from stacking.rank_ledger import WatchLimits
-from stacking.rank_watch import RankWatch
-from stacking.resume import snapshot_for, state_for
+from stacking.rank_watch import RankWatch, end_process
+from stacking.run_branch import Conditions, Trunk
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
+from stacking.run_origin import Branched, NewRun, Origin, Resumed
 from stacking.run_saving import RunSaver
 from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
@@ -75,12 +77,14 @@ class Trainer:
         data_dir: Path,
         run_dir: Path,
         resume: str = "auto",
+        branch_from: Trunk | None = None,
         strict_precision: bool = False,
         limits: StopLimits | None = None,
         hang_timeout: float = WatchLimits.hung_after,
     ) -> None:
         """Refuse a growth that is not possible (ConfigError), the same on all ranks.
 
+        `branch_from`: the run whose first steps a new run takes over.
         `hang_timeout`: seconds without progress on any rank after which the process ends (exit
         code 4; see rank_watch.py).
 
@@ -95,10 +99,13 @@ class Trainer:
         self._deepspeed_config = deepspeed_config
         self._data_dir = data_dir
         self._resume = resume
+        self._trunk = branch_from
+        self._branch_steps = branch_steps(recipe)
         self._strict_precision = strict_precision
         self._limits = limits or StopLimits()
         self._hang_timeout = hang_timeout
-        self._watch = RankWatch(WatchLimits(hung_after=hang_timeout))
+        self._watch = RankWatch(WatchLimits(hung_after=hang_timeout), self._end_at_once)
+        self._after_watch = ExitStack()  # what is under way and must be finished
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
@@ -107,11 +114,12 @@ class Trainer:
 
     def fit(self) -> Outcome:
         """Train to the end, to a limit or to the first signal. Collective."""
+        owns_group = not distributed.has_group()
         try:
             accelerator = engine.start(self._hang_timeout)
             # The watch would take a main rank that still writes for the last one left.
-            with ExitStack() as after_watch, self._watch:
-                return self._fit(accelerator, after_watch)
+            with self._after_watch, self._watch:
+                return self._fit(accelerator)
         except (MemoryError, RuntimeError) as error:
             if engine.is_out_of_memory(error):
                 raise UserError(OUT_OF_MEMORY.format(rank=distributed.rank())) from error
@@ -120,13 +128,25 @@ class Trainer:
             # Also after a fault: a thread that still reads while Python ends aborts the process.
             if self._loader is not None:
                 self._loader.close()
-            distributed.shut_down()
+            if owns_group:
+                distributed.shut_down()
 
-    def _fit(self, accelerator: Accelerator, after_watch: ExitStack) -> Outcome:
+    def _end_at_once(self, code: int) -> None:
+        """End this process, for the watch: the main thread may wait in a collective for ever.
+
+        A save under way is finished: it holds what the lost rank took part in.
+        """
+        try:
+            self._after_watch.close()
+        finally:  # whatever the save met: nobody else ends this process
+            end_process(code)
+
+    def _fit(self, accelerator: Accelerator) -> Outcome:
         self._watch.mark(0, "checking data and settings")
         distributed.together(lambda: self._prepare(accelerator))
         self._resolved = engine_options.settle(self._resolved, engine.current_device())
         require_equal(self._what_ranks_share())
+        self._watch.mark(0, "checking the run folder", EXPECTED_AT_MOST)
         distributed.on_main(self._enter_folder)
         stages = len(self.recipe.stages)
         with (
@@ -141,10 +161,11 @@ class Trainer:
                 precision=self._resolved[0].precision,
             )
             self._saver = RunSaver(self.recipe, self._manager, self._log)
-            after_watch.callback(self._saver.close)
+            self._after_watch.callback(self._saver.close, EXPECTED_AT_MOST)
             outcome = self._run()
             if self._engine is not None:
                 self._engine.destroy()
+                self._engine = None
             return outcome
 
     def _what_ranks_share(self) -> dict[str, str]:
@@ -172,28 +193,29 @@ class Trainer:
     def _enter_folder(self) -> None:
         """Check, make and lock the run folder; the main rank's alone, or ranks would race."""
         self.folder.check(self.recipe, self._resume)
+        if self._trunk is not None:
+            self._trunk.check(self.folder, self.recipe, self._conditions())
         self.folder.create(self.recipe, self._data_dir)
         self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
         self._manager.mend()
-        engine.log_to(self.folder.log)
+        log_to(self.folder.log)
+
+    def _conditions(self) -> Conditions:
+        device, ranks = engine.current_device().type, distributed.world_size()
+        return Conditions(self._data.fingerprint, device, ranks, self._resolved)
 
     def _run(self) -> Outcome:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
             self._log.say(notice)
         self._watch.mark(0, "looking for a checkpoint", EXPECTED_AT_MOST)
-        tag = distributed.on_main(self._choose_tag)
+        origin = self._origin(distributed.on_main(self._choose_tag))
         self._session_began = time.perf_counter()
-        if tag is None:
-            self._begin()
-        else:
-            self._state = distributed.on_main(
-                lambda: state_for(self._manager.load(tag), self.recipe)
-            )
-            if self._state.global_step >= self.recipe.total_steps:
-                return self._done()
-            if self._state.global_step >= (self._limits.steps or self.recipe.total_steps):
-                return self._stopped()
-            self._continue(tag)
+        self._state = distributed.on_main(origin.state)
+        if self._state.global_step >= self.recipe.total_steps:
+            return self._done()
+        if self._state.global_step >= (self._limits.steps or self.recipe.total_steps):
+            return self._stopped()
+        self._begin(origin)
         last_stage = len(self.recipe.stages) - 1
         while self._train_stage():
             if self._state.stage == last_stage:
@@ -228,31 +250,20 @@ class Trainer:
                           f"to go back again delete {self.folder.rewound}")  # fmt: skip
         return self._saver.latest_tag()
 
-    def _begin(self) -> None:
-        recipe = self.recipe
-        self._state = TrainState(
-            global_step=0,
-            stage=0,
-            num_hidden_layers=recipe.stages[0].num_hidden_layers,
-            loader={},
-            recipe_sha256=recipe_sha256(recipe),
-        )
-        self._log.run_start(self._data.unigram_loss())
-        self._build(self._first_state() if distributed.is_main() else None)
+    def _origin(self, tag: str | None) -> Origin:
+        """`tag`: to continue from; None in a new run."""
+        if tag is not None:
+            return Resumed(self.recipe, self._manager, tag)
+        if self._trunk is not None:
+            return Branched(self.recipe, self._data, self._trunk)
+        return NewRun(self.recipe, self._data)
 
-    def _first_state(self) -> Snapshot:
-        model = BertForPreTraining(self.recipe.stage_model(0))
-        init_weights(model, torch.Generator().manual_seed(self.recipe.seed))
-        return Snapshot({name: p.detach() for name, p in model.named_parameters()})
-
-    def _continue(self, tag: str) -> None:
-        """Take a run up again; the main rank alone reads."""
-        self._log.resume(self._state, tag)
+    def _begin(self, origin: Origin) -> None:
+        """Build the engine that goes on from `origin`; the main rank alone reads."""
+        origin.announce(self._log, self._state)
 
         def take() -> Snapshot | None:
-            return distributed.only_on_main(
-                lambda: snapshot_for(self._manager.load(tag), self.recipe)
-            )
+            return distributed.only_on_main(origin.snapshot)
 
         if self._state.global_step == stage_start(self._state.stage + 1, self.recipe.stages):
             self._switch(lambda report: take())
@@ -286,8 +297,9 @@ class Trainer:
             stop = self._train_step(window, device)
             step = self._state.global_step
             is_last = step == end
-            saves = step % self.recipe.checkpoint.every_steps == 0
-            evaluates = step % self.recipe.evaluation.every_steps == 0 or is_last
+            leaves = step in self._branch_steps
+            saves = leaves or step % self.recipe.checkpoint.every_steps == 0
+            evaluates = step % self.recipe.evaluation.every_steps == 0 or is_last or leaves
             is_limit = step == self._limits.steps
             is_logged = step % log_every == 0 or evaluates or saves or is_limit
             # On a GPU the wish to stop is read only where the host waits anyway.
@@ -299,7 +311,7 @@ class Trainer:
             if evaluates:
                 self._evaluate()
             if (saves and not is_last) or is_stopping:
-                self._save(f"step_{step:08d}", wait=is_stopping)
+                self._save(f"{'branch' if leaves else 'step'}_{step:08d}", wait=is_stopping)
             if evaluates or saves:
                 window.restart()  # neither is training time
             if is_stopping:
@@ -320,8 +332,8 @@ class Trainer:
         masked = sum(batch.num_masked for batch in batches)
         sequences = sum(len(batch.input_ids) for batch in batches)
         stops = self._stop.is_requested or self._saver.has_failed
-        wish = torch.tensor([masked, sequences, float(stops)], device=device)
-        counts = distributed.sum_over_ranks(wish)
+        wish = torch.tensor([masked, sequences, float(stops)])
+        counts = distributed.sum_over_ranks(distributed.to_device(wish, device))
         rate, new_rate = stage_rates(self.recipe, step)
         seed = self.recipe.seed + step
         try:

@@ -37,7 +37,8 @@ from stacking.growth.contract import (
     require_tensors,
 )
 from stacking.growth.width import Role, cyclic_units, layer_of, roles_of, short_name
-from stacking.modeling import IGNORED_LABEL, BertForPreTraining
+from stacking.masked_lm_loss import IGNORED_LABEL
+from stacking.modeling import BertForPreTraining
 
 CONTRACT = Contract(
     frozenset(),

@@ -24,8 +24,10 @@ CONFIG = BertConfig(
 STILL = CONFIG.model_copy(update={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
 """The same without dropout: one model for all ranks computes what they do."""
 OPTIMIZER = OptimizerConfig(weight_decay=0.1, betas=(0.9, 0.999), eps=1e-7, max_grad_norm=0.5)
-CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-"""ZeRO stage and precision; stage 0 has no 16 bits."""
+CASES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16"),
+         (1, "bf16_fp32")]  # fmt: skip
+"""ZeRO stage and precision; stage 0 has no 16 bits. bf16_fp32 adds up gradients in fp32: another
+class inside DeepSpeed, that of deepspeed_configs/cpu_bf16.json."""
 Case = tuple[int, str, str, int]
 """ZeRO stage, precision, a name and the number of ranks."""
 
@@ -48,20 +50,24 @@ class Settings:
     apex_layer_norm: bool = False
     checkpoint_interval: int = 0
     compile: Compile | None = None
+    unpads: bool = True
     client_optimizer: ClientOptimizer | None = None
+    log_every: int = 1
 
 
 def settings(zero_stage: int, precision: str) -> Settings:
     """A DeepSpeed JSON of small buckets, in which ZeRO-3 parts every parameter."""
     numbers = {"lr": 0.0, "betas": list(OPTIMIZER.betas), "eps": OPTIMIZER.eps}
     optimizer = {"type": "AdamW", "params": {**numbers, "torch_adam": True, "fused": True}}
+    accumulates = {"data_types": {"grad_accum_dtype": "fp32"}} if precision == "bf16_fp32" else {}
     return Settings(
         {
+            **accumulates,
             "train_batch_size": 3 * distributed.world_size(),
             "train_micro_batch_size_per_gpu": 3,
             "gradient_clipping": OPTIMIZER.max_grad_norm,
             "optimizer": optimizer,
-            "bf16": {"enabled": precision == "bf16"},
+            "bf16": {"enabled": precision.startswith("bf16")},
             "zero_optimization": {
                 "stage": zero_stage,
                 "reduce_bucket_size": 1000,

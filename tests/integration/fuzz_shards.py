@@ -110,11 +110,11 @@ def _far(file: h5py.File, name: str, edit: ShardEdit) -> None:
 
 
 def _outside(file: h5py.File, name: str, edit: ShardEdit) -> None:
-    """Values in another file."""
+    """Values in another file: one that later edits may write to."""
     array = file[name]
     kind, shape, size = array.dtype, array.shape, array.nbytes
     del file[name]
-    file.create_dataset(name, shape, kind, external=[("/etc/passwd", 0, size)])
+    file.create_dataset(name, shape, kind, external=[("/dev/zero", 0, size)])
 
 
 def _value(file: h5py.File, name: str, edit: ShardEdit) -> None:

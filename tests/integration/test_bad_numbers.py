@@ -85,6 +85,7 @@ def answers() -> list[dict[tuple[int, str, str], Answer]]:
     return run_on_ranks(faulty_everywhere, 2)  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_infinite_loss_on_one_rank_stops_both_before_the_update(
     case: tuple[int, str], answers: list[dict[tuple[int, str, str], Answer]]
@@ -96,6 +97,7 @@ def test_an_infinite_loss_on_one_rank_stops_both_before_the_update(
         assert [math.isfinite(loss) for loss in found.micro_losses] == [rank == 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_infinite_gradient_stops_both_before_the_update(
     case: tuple[int, str], answers: list[dict[tuple[int, str, str], Answer]]

@@ -55,6 +55,7 @@ def without_tools(folder: Path) -> dict[str, str]:
     return {"PATH": str(commands), "TORCH_EXTENSIONS_DIR": str(folder / "ops"), **drop}
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_job_where_there_is_no_compiler_and_no_op_is_compiled(
     short: list[object], tmp_path: Path
 ) -> None:

@@ -34,9 +34,9 @@ from stacking.snapshot import Snapshot
 Case = tuple[int, str, int, str]
 """ZeRO stage, precision, checkpoint interval, backend or "none"."""
 MOST_DEVIATION = {"fp32": 2e-5, "bf16": 0.05}
-QUICK: list[Case] = [(3, "fp32", 1, "none"), (2, "bf16", 2, "none"), (1, "fp32", 1, "aot_eager")]
+QUICK: list[Case] = [(1, "fp32", 1, "aot_eager")]
 INDUCTOR: list[Case] = [(1, "fp32", 1, "inductor")]
-EVERYWHERE: list[Case] = QUICK + [
+EVERYWHERE: list[Case] = [*QUICK, (2, "bf16", 2, "none")] + [
     (zero, precision, 1, backend)
     for zero in (0, 1, 2, 3)
     for precision in ("fp32", "bf16")
@@ -133,7 +133,7 @@ CASE = pytest.mark.parametrize(
             case,
             kind := "quick" if case in QUICK else "inductor" if case in INDUCTOR else "slow",
             id="-".join(map(str, case)),
-            marks=() if kind == "quick" else pytest.mark.slow,
+            marks=pytest.mark.slow,  # test_engine_options.py has the quick ones
         )
         for case in EVERYWHERE + INDUCTOR
     ],

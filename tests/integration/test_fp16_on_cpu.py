@@ -150,7 +150,10 @@ def find_all(zero_stages: tuple[int, ...]) -> dict[int, Found]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param((3,), id="zero3"), pytest.param((1, 2), marks=pytest.mark.slow, id="1-2")],
+    params=[
+        pytest.param(stages, marks=pytest.mark.slow, id=name)
+        for name, stages in (("zero3", (3,)), ("1-2", (1, 2)))
+    ],
 )
 def answers(request: pytest.FixtureRequest) -> list[Found]:
     """Of two ranks and these ZeRO stages."""

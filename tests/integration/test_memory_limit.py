@@ -3,17 +3,19 @@
 A process's limit on its data (RLIMIT_DATA) stands for the device's memory: on a CPU they are the
 same, which is why offload to the CPU is dropped there. n: parameters of the last stage. In fp32
 
-    one rank under ZeRO-0    16 n  weights, gradients, moments   + 12 n  the copy to save = 28 n
-    one rank under ZeRO-1    20 n  masters, too                  + 12 n                   = 32 n
-    main rank of 4, ZeRO-3    5 n  its part of all that          + 12 n                   = 17 n
-    each of the others        5 n
+    one rank under ZeRO-0    12 n  weights, moments       + 12 n  the copy to save = 24 n
+    one rank under ZeRO-1    16 n  masters, too           + 12 n                   = 28 n
+    main rank of 4, ZeRO-3    4 n  its part of all that   + 12 n                   = 16 n
+    each of the others        4 n
 
-so a limit of 25 n above what an idle process has refuses the first two and leaves the others room
-for activations and messages, also while a copy is written and training goes on. The one full copy
-on the main rank is the host's, not the device's; a process has one limit for both, and what the
-others need shows in their own peaks.
+and in a step 4 n of gradients, or a quarter of that, which are freed before a save; so a limit of
+22 n above what a process of the same job with a tiny model has refuses the first two and leaves
+the others room, also while a copy is written and training goes on. The one full copy on the main
+rank is the host's, not the device's; a process has one limit for both, and what the others need
+shows in their own peaks.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -22,27 +24,28 @@ import time
 from pathlib import Path
 
 import pytest
-from engines import build, fresh_weights, train
-from launching import ROOT, deepspeed_command, environment, rows
-from ranks import run_on_ranks
+from launching import ROOT, deepspeed_command, environment, of_session, rows
 from test_one_copy import status_bytes
 
-from stacking import distributed, engine
 from stacking.config_loading import load_recipe
 from stacking.growth.contract import parameter_shapes
-from stacking.snapshot import Snapshot
 
-BYTES_PER_PARAMETER = 25
+BYTES_PER_PARAMETER = 22
+TINY, LARGE = 16, 512  # hidden sizes
 RECIPE = ROOT / "launch" / "recipes" / "tiny_test.json"
 STAGES = [{"num_hidden_layers": 4, "steps": 3}, {"num_hidden_layers": 8, "steps": 2}]
-CHANGES = [
-    "model.vocab_size=400", "model.type_vocab_size=2", "model.num_nsp_labels=2",
-    "model.pooler=true", "model.hidden_size=512", "model.num_attention_heads=8",
-    "model.intermediate_size=2048", "model.num_hidden_layers=8", "global_batch_size=8",
-    f"stages={json.dumps(STAGES)}",
-]  # fmt: skip
 # What is freed leaves the process at once, as on a device, and threads share one heap.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def changes(hidden_size: int) -> list[str]:
+    """What the job changes in the recipe: 8 layers so wide, one growth."""
+    return [
+        "model.vocab_size=400", "model.type_vocab_size=2", "model.num_nsp_labels=2",
+        "model.pooler=true", f"model.hidden_size={hidden_size}", "model.num_attention_heads=8",
+        f"model.intermediate_size={4 * hidden_size}", "model.num_hidden_layers=8",
+        "global_batch_size=8", f"stages={json.dumps(STAGES)}",
+    ]  # fmt: skip
 
 
 def document(zero_stage: int) -> dict[str, object]:
@@ -62,43 +65,51 @@ def document(zero_stage: int) -> dict[str, object]:
     return {"optimizer": adam, "zero_optimization": zero, "steps_per_print": 1}
 
 
-def idle_bytes() -> float:
-    """The data of a process with everything imported and an engine of a tiny model."""
-    engine.start()
-    tiny = build(3, "fp32", Snapshot(fresh_weights()))
-    train(tiny, range(1))
-    data = status_bytes("VmData")
-    tiny.destroy()
-    distributed.shut_down()
-    return data
-
-
 @pytest.fixture(scope="module")
-def limit() -> int:
+def limit(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     """Bytes of data that each process may have."""
-    model = load_recipe(RECIPE, CHANGES).stage_model(1)
+    model = load_recipe(RECIPE, changes(LARGE)).stage_model(1)
     num_parameters = sum(shape.numel() for shape in parameter_shapes(model).values())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ALLOCATOR.items():
-            patch.setenv(name, value)
-        idle = run_on_ranks(idle_bytes, 1)[0]
-    return int(idle + BYTES_PER_PARAMETER * num_parameters)  # type: ignore[operator]
+    tiny = command(4, 3, tiny_data, tmp_path_factory.mktemp("limit") / "run", TINY)
+    return int(largest_data(tiny) + BYTES_PER_PARAMETER * num_parameters)
+
+
+def largest_data(job: list[str]) -> int:
+    """The most data, in bytes, that a process of `job` ever had, looked at every 10 ms."""
+    largest = 0
+    process = subprocess.Popen(
+        job, env=environment() | ALLOCATOR, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    while process.poll() is None:
+        for pid in of_session(process.pid):
+            with contextlib.suppress(OSError):
+                largest = max(largest, int(status_bytes("VmData", pid)))
+        time.sleep(0.01)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return largest
+
+
+def command(ranks: int, zero_stage: int, data: Path, run_dir: Path, hidden_size: int) -> list[str]:
+    """The real job by the real launcher."""
+    config = run_dir.with_suffix(".json")
+    config.write_text(json.dumps(document(zero_stage)))
+    words = [word for change in changes(hidden_size) for word in ("--set", change)]
+    return deepspeed_command(
+        ranks, "--recipe", RECIPE, "--data", data, "--run-dir", run_dir,
+        "--deepspeed_config", config, *words,
+    )  # fmt: skip
 
 
 def pretrain(
     ranks: int, zero_stage: int, data: Path, run_dir: Path, limit: int
 ) -> subprocess.CompletedProcess[str]:
-    """The real job, each of whose processes may have `limit` bytes of data."""
-    config = run_dir.with_suffix(".json")
-    config.write_text(json.dumps(document(zero_stage)))
-    changes = [word for change in CHANGES for word in ("--set", change)]
-    command = deepspeed_command(
-        ranks, "--recipe", RECIPE, "--data", data, "--run-dir", run_dir,
-        "--deepspeed_config", config, *changes,
-    )  # fmt: skip
+    """The job, each of whose processes may have `limit` bytes of data."""
     return subprocess.run(
-        command, env=environment() | ALLOCATOR, capture_output=True, text=True, timeout=400,
-        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        command(ranks, zero_stage, data, run_dir, LARGE),
+        env=environment() | ALLOCATOR, capture_output=True, text=True, timeout=400, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ n: parameters. The full state is 12 n bytes: fp32 weights and both moments.
 
 import ctypes
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,9 +47,9 @@ Peaks = dict[str, float]
 """By phase: the largest resident memory, in bytes above that of a process without an engine."""
 
 
-def status_bytes(field: str) -> float:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status_bytes(field: str, pid: int | str = "self") -> float:
+    """VmRSS, VmHWM or VmData of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024.0 * int(line.split()[1])
     raise AssertionError(field)
@@ -70,6 +71,7 @@ def phase(peaks: Peaks, name: str) -> Iterator[None]:
 
 def switch_and_measure(zero_stage: int) -> Peaks:
     """Peaks while the state is read, grown and put into the next stage's engine."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # as a user who has chosen; keeps ours away
     ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # every tensor is a mapping, gone when it is freed
     engine.start()
     warm = build(zero_stage, "fp32", Snapshot(fresh_weights(STILL)), STILL)
@@ -121,10 +123,8 @@ def own_bytes(zero_stage: int, n: int, ranks: int) -> float:
     return 8 * n + 12 * n / ranks
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "ranks"),
-    [(3, 2), *(pytest.param(z, r, marks=pytest.mark.slow) for z, r in ((1, 2), (3, 4)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "ranks"), [(1, 2), (3, 2), (3, 4)])
 def test_only_the_main_rank_ever_holds_the_full_state(zero_stage: int, ranks: int) -> None:
     before, after = size(BEFORE), size(AFTER)
     few = FEW_TENSORS * 12 * after

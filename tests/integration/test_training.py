@@ -1,6 +1,7 @@
 """launch/pretrain.py on two CPU ranks by the real launcher: stages, switch, run folder, resume."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import (
     ROOT,
     deepspeed_command,
@@ -19,7 +21,13 @@ from launching import (
     script,
 )
 
+from stacking.checkpoint import CheckpointManager
+from stacking.comparison_costs import curve, missing_switches, reference_step_seconds
+from stacking.comparison_runs import read_runs
 from stacking.config_loading import load_recipe
+from stacking.dataset import open_shards, validation_batches
+from stacking.metrics import device_name
+from stacking.modeling import BertForPreTraining
 from stacking.schedule import learning_rate
 
 RECIPE = ROOT / "launch" / "recipes" / "tiny_test.json"
@@ -107,6 +115,72 @@ def test_the_run_folder_is_as_the_readme_says(whole_run: Path) -> None:
     assert float(str(end["unigram_loss"])) > 0
 
 
+def sizes(row: dict[str, object], key: str) -> list[float]:
+    found = row[key]
+    assert isinstance(found, list)
+    return found
+
+
+def test_growth_leaves_its_telemetry(whole_run: Path, tiny_data: Path) -> None:
+    for switch in rows(whole_run, "stage_switch"):
+        for when, layers in (
+            ("before", "from_num_hidden_layers"),
+            ("after", "to_num_hidden_layers"),
+        ):
+            assert len(sizes(switch, f"residual_rms_{when}")) == 1 + int(str(switch[layers]))
+    for row in rows(whole_run, "evaluation"):
+        assert len(sizes(row, "residual_rms")) == 1 + int(str(row["num_hidden_layers"]))
+    for row in rows(whole_run, "train"):
+        is_told = row["stage"] != 0 and int(str(row["global_step"])) % 10 == 0
+        assert ("grad_norm_new" in row) == ("grad_norm_old" in row) == is_told
+        if is_told:
+            parts = (float(str(row[f"grad_norm_{age}"])) for age in ("old", "new"))
+            assert math.hypot(*parts) == pytest.approx(float(str(row["grad_norm"])), rel=1e-3)
+    assert rows(whole_run, "train")[-1]["global_step"] == 36  # step 30 is told of
+
+
+def test_the_hidden_states_sizes_are_those_of_the_saved_model(
+    whole_run: Path, tiny_data: Path
+) -> None:
+    """Of the first validation batch of rank 0, through a model made from the last checkpoint."""
+    recipe = load_recipe(RECIPE, CHANGES)
+    model = BertForPreTraining(recipe.stage_model(2)).eval()
+    saved = CheckpointManager(whole_run / "checkpoints", keep_last=1).load("stage3_end")
+    model.load_state_dict(saved.snapshot().weights)
+    given = next(validation_batches(
+        open_shards(tiny_data, "validation"), recipe.stage_data(2), seed=recipe.seed,
+        max_sequences=recipe.evaluation.max_sequences, batch_size=recipe.evaluation.batch_size,
+        rank=0, world_size=2,
+    ))  # fmt: skip
+    seen: list[torch.Tensor] = []
+    model.embeddings.register_forward_hook(lambda m, args, out: seen.append(out))
+    for layer in model.encoder.layers:
+        layer.register_forward_hook(lambda m, args, out: seen.append(out[0]))
+    model(given.input_ids, given.token_type_ids, given.attention_mask)
+    read = torch.zeros_like(given.attention_mask).scatter_(1, given.masked_lm_positions, True)
+    read[:, 0] = True
+    kept = [given.attention_mask] * 4 + [given.attention_mask & read]
+    expected = [float(states[mask].detach().square().mean().sqrt())
+             for states, mask in zip(seen, kept, strict=True)]  # fmt: skip
+    assert rows(whole_run, "evaluation")[-1]["residual_rms"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_run_folder_is_charged_for_is_what_was_trained(whole_run: Path) -> None:
+    """As launch/compare.py reads it."""
+    runs = read_runs([whole_run])
+    start, end = runs[0].metrics.start, curve(runs[0], reference_step_seconds(runs))[-1]
+    assert start.data_fingerprint != start.validation_fingerprint
+    assert None not in (start.data_fingerprint, start.validation_fingerprint)
+    assert start.device_name == device_name(torch.device("cpu"))
+    assert start.matmul_flops_per_second > 0
+    trained = rows(whole_run, "train")[-1]
+    assert end.costs["steps"] == trained["global_step"]
+    assert end.costs["tokens"] == trained["tokens"]
+    assert end.costs["reference_seconds"] > 0
+    assert end.loss == rows(whole_run, "run_end")[0]["val_mlm_loss"]
+    assert missing_switches(runs[0]) == 0
+
+
 def test_a_second_start_says_done_and_changes_nothing(whole_run: Path, tiny_data: Path) -> None:
     before = (whole_run / "metrics.jsonl").read_bytes()
     again = pretrain(2, *arguments(tiny_data, whole_run))
@@ -122,6 +196,7 @@ def test_another_recipe_in_the_same_folder_is_refused(whole_run: Path, tiny_data
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_ranks(
     whole_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +207,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_other_ranks_from_a_named_tag(
     whole_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +223,7 @@ def test_a_run_continues_on_other_ranks_from_a_named_tag(
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_after_rows", [1, 4])
 def test_a_killed_run_continues_with_the_losses_of_the_undisturbed_one(
     whole_run: Path, tiny_data: Path, tmp_path: Path, kill_after_rows: int
@@ -191,6 +268,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_3(tiny_data: Path, tmp_p
     assert any((run_dir / "checkpoints").glob("step_*/COMMITTED"))
 
 
+@pytest.mark.slow
 def test_limits_stop_a_run_which_then_goes_on_as_if_it_had_not(
     whole_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +294,8 @@ def test_limits_stop_a_run_which_then_goes_on_as_if_it_had_not(
         assert [row["val_loss"] for row in same] == [after["val_loss"]] * len(same)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_the_default_json_runs_in_bf16_on_a_cpu_and_says_so(
     tiny_data: Path, tmp_path: Path
 ) -> None:

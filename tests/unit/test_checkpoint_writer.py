@@ -91,3 +91,27 @@ def test_a_writer_without_snapshots_starts_no_thread(tmp_path: Path) -> None:
     with closing(CheckpointWriter(CheckpointManager(tmp_path))) as writer:
         writer.settle()
         assert threading.active_count() == before
+
+
+def test_a_disk_that_hangs_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    manager = SlowManager(tmp_path)
+    writer = CheckpointWriter(manager)
+    writer.write("step_1", SNAPSHOT, state(1))
+    with pytest.warns(UserWarning, match="a save did not end"):
+        writer.close(at_most=0.05)
+    assert tags(manager) == []
+    manager.door.set()  # or the thread would keep pytest from ending
+
+
+def test_closing_waits_also_for_a_save_that_another_thread_settles(tmp_path: Path) -> None:
+    """As the watch does when a rank is lost while the main thread waits for the disk."""
+    manager = SlowManager(tmp_path)
+    writer = CheckpointWriter(manager)
+    writer.write("step_1", SNAPSHOT, state(1))
+    settling = threading.Thread(target=writer.settle)
+    settling.start()
+    threading.Event().wait(0.1)  # until it waits
+    threading.Timer(0.2, manager.door.set).start()
+    writer.close(at_most=30)
+    assert tags(manager) == ["step_1"]
+    settling.join()

@@ -113,6 +113,7 @@ def _loader(
     rank: int = 0,
     world: int = 1,
     batch: int = 8,
+    pin_memory: bool = False,
 ) -> PretrainingLoader:
     return PretrainingLoader(
         open_shards(path, "training"),
@@ -122,6 +123,7 @@ def _loader(
         micro_batch_size=micro,
         rank=rank,
         world_size=world,
+        pin_memory=pin_memory,
     )
 
 
@@ -428,3 +430,29 @@ def test_order_of_a_billion_rows_costs_little_memory() -> None:
     assert epochs.tolist() == [0, 0, 1]
     assert len(set(rows.tolist())) == 3
     assert sum(group.nbytes for group in order._groups.values()) <= 2 * 8 * 65_536
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_reader_thread_pins_every_tensor_where_asked(
+    tmp_path: Path, labels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: dict[int, str] = {}
+    kept: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.clone())
+        pinned[id(kept[-1])] = threading.current_thread().name
+        return kept[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    path = _folder(tmp_path / "d", labels=labels)
+    ours, plain = _steps(_loader(path, pin_memory=True), 2), _steps(_loader(path), 2)
+    assert set(pinned.values()) == {"shard-reader"}
+    for batch, other in zip(sum(ours, []), sum(plain, []), strict=True):
+        mine, theirs = batch.inputs(), other.inputs()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        tensors = {*mine.values(), batch.attention_mask}
+        assert all(id(tensor) in pinned for tensor in tensors)
+        assert not {id(tensor) for tensor in theirs.values()} & pinned.keys()
+        assert batch.num_masked == other.num_masked

@@ -138,6 +138,25 @@ def test_fp16_becomes_bf16_on_a_cpu_without_fp16_and_says_so(tmp_path: Path) -> 
     assert resolved(tmp_path, document, OLD_CPU).precision == "fp32"
 
 
+def test_bf16_in_place_of_fp16_adds_up_gradients_in_fp32_at_zero_1(tmp_path: Path) -> None:
+    fp32 = {"grad_accum_dtype": "fp32"}
+    assert resolved(tmp_path, GOOD).deepspeed["data_types"] == fp32
+    for document, device in (
+        (GOOD | {"zero_optimization": {"stage": 2}}, CPU), (GOOD, OLD_CPU), (GOOD, NEW_CPU),
+        (GOOD, CUDA),
+    ):  # fmt: skip
+        assert "data_types" not in resolved(tmp_path, document, device).deepspeed
+    asked = {"data_types": {"grad_accum_dtype": "bf16"}}
+    assert resolved(tmp_path, GOOD | asked).deepspeed["data_types"] == asked["data_types"]
+
+
+def test_unpadding_is_ours_and_not_deepspeeds(tmp_path: Path) -> None:
+    assert resolved(tmp_path, GOOD).unpads
+    engine = resolved(tmp_path, GOOD | {"unpadding": {"enabled": False}})
+    assert not engine.unpads
+    assert "unpadding" not in engine.deepspeed
+
+
 def test_strict_precision_refuses_another_precision(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fp16: this CPU has no fp16 .*allowed here: bf16"):
         resolved(tmp_path, GOOD, strict=True)

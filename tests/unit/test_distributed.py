@@ -46,3 +46,26 @@ def test_ranks_that_do_not_come_are_spoken_of(
         pass
     time.sleep(0.5)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4",
+         "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+        {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+        {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+         "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+    ids=["open_mpi", "mpich", "torchrun"],
+)  # fmt: skip
+def test_a_rank_knows_its_place_before_the_ranks_have_met(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (distributed.rank(), distributed.world_size()) == (3, 4)
+    assert (distributed.local_rank(), distributed.local_world_size()) == (1, 2)
+    assert not distributed.is_main()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import torch
 from stacking import cost
 from stacking.config import BertConfig, DataConfig
 from stacking.dataset import MaskedLMBatch
+from stacking.errors import UserError
 from stacking.metrics import (
     MetricsLog,
     Window,
     WindowRates,
+    device_name,
     last_row,
     model_flops,
     unigram_loss,
@@ -48,12 +52,13 @@ def test_a_torn_last_line_is_cut_off_before_appending(tmp_path: Path) -> None:
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m")
-    log.write("train", {"loss": math.nan, "grad_norm": math.inf})
+    log.write("train", {"loss": math.nan, "grad_norm": math.inf, "rms": [1.5, math.nan]})
     log.close()
     row = last_row(tmp_path / "m", "train")
     assert row is not None
     assert row["loss"] is None
     assert row["grad_norm"] is None
+    assert row["rms"] == [1.5, None]
 
 
 def test_last_row_is_the_newest_of_its_kind(tmp_path: Path) -> None:
@@ -87,6 +92,11 @@ def test_window_means_are_over_tokens_not_over_batches() -> None:
     assert (rates.tokens, rates.real_tokens, rates.steps) == (21, 15, 2)
     assert rates.data_wait_seconds == pytest.approx(0.75)
     assert window.steps == 0
+    window.add(torch.tensor([2.0, 0.0, 1.0]), [batch([[3, 4]])], 0.0)
+    window.restart()
+    window.add(torch.tensor([5.0, 0.0, 1.0]), [batch([[3, 4]])], 0.0)
+    rates = window.take()
+    assert (rates.mlm_loss, rates.tokens, rates.real_tokens) == (2.5, 7, 5)
 
 
 def test_padding_costs_no_model_flops() -> None:
@@ -109,3 +119,22 @@ def test_the_unigram_loss_is_the_cross_entropy_of_smoothed_frequencies() -> None
     smoothed = np.array([1, 3, 6]) / 10
     expected = -(np.log(smoothed[1]) + 2 * np.log(smoothed[2])) / 3
     assert unigram_loss([batch([[1, -100]]), batch([[2, 2]])], counts) == pytest.approx(expected)
+
+
+def test_a_cpu_has_the_name_that_linux_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor: 0\nmodel name\t: A Chip @ 3 GHz\nmodel name\t: Another\n")
+    monkeypatch.setattr("stacking.metrics._CPU_INFO", told)
+    assert device_name(torch.device("cpu")) == "A Chip @ 3 GHz"
+    told.unlink()
+    assert device_name(torch.device("cpu")) == platform.machine()
+
+
+def test_a_pipe_in_place_of_the_file_is_told_and_waited_for_by_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m")
+    log = MetricsLog(tmp_path / "m")
+    log.write("train", {})
+    with pytest.raises(UserError, match="no plain file"):
+        log.settle()

@@ -18,6 +18,10 @@ UNPICKLERS = {
 }  # fmt: skip
 DEEPSPEED_CALLS = {"load_checkpoint", "save_checkpoint", "load_universal_checkpoint"}
 """DeepSpeed's own files are pickles; this trainer neither writes nor reads them."""
+OURS = {"stacking/hf.py": ["trust_remote_code"]}
+"""An export is checked by running the class that was copied into it a moment before; test_hf_remote
+holds that reading a folder back runs nothing.
+"""
 
 
 def faults(tree: ast.AST) -> Iterator[str]:
@@ -46,7 +50,8 @@ def _call_faults(node: ast.Call) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_that_is_read_is_unpickled(path: Path) -> None:
-    assert not list(faults(ast.parse(path.read_text())))
+    found = list(faults(ast.parse(path.read_text())))
+    assert found == OURS.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(

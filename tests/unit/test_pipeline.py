@@ -249,7 +249,16 @@ def test_what_another_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "other")
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shares",
+    [
+        pytest.param((0.6,), id="once"),
+        pytest.param((0.3, 0.5, 0.7, random.uniform(0.3, 1.0)), marks=pytest.mark.slow, id="often"),
+    ],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    shares: tuple[float, ...], tmp_path: Path
+) -> None:
     corpus = _corpus(tmp_path / "corpus.jsonl", 30_000)
     sizes = ("--vocab-size", "150", "--max-seq-length", "32", "--rows-per-shard", "9000")
     command = [
@@ -261,7 +270,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, timeout=300)
     duration = time.perf_counter() - start
     killed = 0
-    for share in (0.3, 0.5, 0.7, random.uniform(0.3, 1.0)):
+    for share in shares:
         process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment)
         time.sleep(share * duration)
         killed += process.poll() is None

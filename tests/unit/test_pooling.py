@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stacking.config import BertConfig
 from stacking.functional import gather_rows
-from stacking.modeling import IGNORED_LABEL, BertForPreTraining, init_weights
+from stacking.masked_lm_loss import IGNORED_LABEL
+from stacking.modeling import BertForPreTraining, init_weights
 from stacking.pooling import Kind, pool_rows, split_streams
 
 SIZE = BertConfig(

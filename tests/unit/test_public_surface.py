@@ -17,6 +17,11 @@ TEXT = {
     "--dedup", "--near-dedup", "--vocab-size", "--tokenizer-kind", "--workers",
 }  # fmt: skip
 
+FINE_TUNING = {
+    "--out", "--seeds", "--first-seed", "--epochs", "--batch-size", "--learning-rate",
+    "--processes", "--tag", "--tokenizer", "--deepspeed_config", "--strict-precision", JSON,
+}  # fmt: skip
+
 FLAGS = {
     "prepare_data.py shards": {
         *TEXT, "--tokenizer", "--max-seq-length", "--sentences", "--merge-short", "--pairs",
@@ -32,15 +37,35 @@ FLAGS = {
     "prepare_data.py check": {JSON, "--tokenizer"},
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
-        "--strict-precision", "--time-limit", "--max-steps", "--hang-timeout",
+        "--branch-from", "--strict-precision", "--time-limit", "--max-steps", "--hang-timeout",
     },
-    "export.py": {"--out", "--tag", JSON},
+    "doctor.py": {
+        "--hostfile", "--recipe", "--set", "--deepspeed_config", "--data", "--run-dir",
+        "--num-gpus", "--ssh-port", "--master-addr", "--master-port", JSON,
+    },
+    "export.py": {"--out", "--tag", "--data-license", "--language", JSON},
     "report.py": {JSON},
+    "attention_maps.py": {
+        "--out", "--sentence", "--text", "--tags", "--all-switches", "--layers", "--heads",
+        "--show", JSON,
+    },
+    "compare.py": {"--out", "--baseline", "--control", "--pilot", "--timed", "--budget", JSON},
     "grow.py": {
         "--model", "--to", "--depth", "--ffn", "--heads", "--hidden", "--positions", "--seed",
         "--out", JSON,
     },
-    "plan.py": {"--recipe", "--set", "--deepspeed_config", "--world-size", JSON},
+    "glue.py train": {*FINE_TUNING, "--tasks", "--grid"},
+    "glue.py score": {"--tasks", JSON},
+    "squad.py train": {
+        *FINE_TUNING, "--max-seq-length", "--doc-stride", "--max-query-length", "--n-best-size",
+        "--max-answer-length", "--null-score-diff-threshold",
+    },
+    "squad.py score": {"--null-odds", "--null-threshold", JSON},
+    "plan.py": {
+        "--recipe", "--set", "--deepspeed_config", "--world-size", "--nodes", "--gpus-per-node",
+        "--device", "--utilisation", "--network-gbits", "--suggest", "--budget", "--pilot",
+        "--measure", "--tolerance", "--out", JSON,
+    },
 }  # fmt: skip
 
 

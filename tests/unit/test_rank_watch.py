@@ -2,17 +2,24 @@
 
 import socket
 import threading
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
-from stacking import rank_agreement
+from stacking import rank_agreement, rank_watch, trainer
+from stacking.checkpoint import CheckpointManager, TrainState
+from stacking.checkpoint_writer import CheckpointWriter
 from stacking.distributed import rank_name
 from stacking.errors import UserError
 from stacking.rank_agreement import listed, require_equal, stretches
 from stacking.rank_ledger import Beat, Fault, Place, RankLedger, State, WatchLimits
 from stacking.rank_watch import RankWatch, is_lost_peer
+from stacking.snapshot import Snapshot
 
 LIMITS = WatchLimits(dead_after=30.0, hung_after=300.0, error_grace=10.0)
 RUNNING = State.RUNNING
@@ -279,3 +286,55 @@ def test_lists_of_ranks_are_short() -> None:
 
 def test_this_process_has_a_name() -> None:
     assert rank_name().startswith(f"rank 0 (host {socket.gethostname()}, pid ")
+
+
+def test_a_save_that_fails_does_not_keep_a_process_from_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Broken(CheckpointManager):
+        def save(self, tag: str, snapshot: Snapshot, state: TrainState) -> None:
+            raise MemoryError
+
+    ended: list[int] = []
+    monkeypatch.setattr(trainer, "end_process", ended.append)
+    writer = CheckpointWriter(Broken(Path()))
+    state = TrainState(
+        global_step=1, stage=0, num_hidden_layers=1, loader={}, recipe_sha256="x"
+    )  # fmt: skip
+    writer.write("step_1", Snapshot({}), state)
+    ending = object.__new__(trainer.Trainer)
+    ending._after_watch = ExitStack()
+    ending._after_watch.callback(writer.close)
+    with pytest.raises(MemoryError):  # of the watch's thread, which the real end leaves no time
+        ending._end_at_once(4)
+    assert ended == [4]
+
+
+def test_a_rank_that_has_lost_another_waits_for_its_own_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long the save takes that is finished first, or its exit code would be another."""
+    monkeypatch.setattr(rank_watch, "_FLUSH", 0.0)
+    saved, watch = threading.Event(), RankWatch(WatchLimits(dead_after=0.01, error_grace=0.01))
+
+    def tell() -> None:
+        watch._state = State.TOLD
+        time.sleep(0.3)
+        saved.set()
+
+    guard = threading.Thread(target=tell)
+    watch._state, watch._threads = State.LOST, [threading.Thread(), guard]
+    guard.start()
+    watch._linger()
+    assert saved.is_set()
+
+
+def test_the_main_rank_reaches_its_own_store_when_its_address_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DHCP takes it away with the cable; a rank that cannot reach its own store sees nothing."""
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")  # nobody's: RFC 5737
+    monkeypatch.setattr(rank_watch, "_CONNECT", timedelta(seconds=1))
+    watch = RankWatch()
+    watch._names = ["rank 0"]
+    assert watch._open() > 0

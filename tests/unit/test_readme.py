@@ -20,7 +20,12 @@ RUN_BY = {
     "launch/report.py": "tests/integration/test_training.py",
     "launch/export.py": "tests/integration/test_training.py",
     "launch/plan.py": "tests/unit/test_plan_cli.py",
+    "launch/doctor.py": "tests/unit/test_doctor.py",
+    "launch/compare.py": "tests/unit/test_compare_cli.py",
     "launch/grow.py": "tests/unit/test_grow_cli.py",
+    "launch/glue.py": "tests/unit/test_glue_cli.py",
+    "launch/squad.py": "tests/unit/test_squad_cli.py",
+    "launch/attention_maps.py": "tests/unit/test_attention_maps_cli.py",
 }
 
 
@@ -41,7 +46,8 @@ def test_each_command_names_a_script_and_flags_that_exist(command: list[str]) ->
     if not script.endswith(".py"):
         return
     words = command[command.index(script) + 1 :]
-    subcommand = [word for word in words[:1] if word in ("shards", "vocab", "check")]
+    verbs = ("shards", "vocab", "check", "train", "score")
+    subcommand = [word for word in words[:1] if word in verbs]
     help_text = subprocess.run(
         [sys.executable, str(ROOT / script), *subcommand, "--help"],
         capture_output=True, text=True, check=True,
