@@ -11,7 +11,7 @@ from stacking.config_base import BETWEEN_FIELDS
 _Location = Sequence[int | str]
 _Schema = Mapping[str, object]
 
-_LONGEST_VALUE = 60  # characters of a wrong value that a message repeats
+_LONGEST_VALUE = 60  # characters of what was given that a message repeats
 _LONGEST_KEY_LIST = 12  # known keys that a message lists when no key is near
 
 _PLAIN_TYPES = {
@@ -55,7 +55,11 @@ def fault_lines(
 
 def show(value: object) -> str:
     """A value as its author wrote it, cut to one short line."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    return cut(repr(value) if isinstance(value, str) else json.dumps(value, default=repr))
+
+
+def cut(text: str) -> str:
+    """A text that a message repeats, no longer than one short line."""
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
 
 

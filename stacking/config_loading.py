@@ -19,7 +19,7 @@ from stacking.config import (
     faults_between,
 )
 from stacking.config_base import BETWEEN_FIELDS
-from stacking.config_faults import fault_lines, nearest, show
+from stacking.config_faults import cut, fault_lines, nearest, show
 from stacking.errors import ConfigError
 
 JsonObject = dict[str, object]
@@ -151,8 +151,9 @@ def _override(document: JsonObject, text: str) -> str | None:
     """
     path, separator, value_text = text.partition("=")
     parts = path.strip().split(".")
+    given = f"--set {cut(text)}"
     if not separator or not all(parts):
-        return f"--set {text}: allowed: key.path=value, for example stages.0.steps=500"
+        return f"{given}: allowed: key.path=value, for example stages.0.steps=500"
     try:
         value = parse_json(value_text)
     except (ValueError, RecursionError):
@@ -168,12 +169,12 @@ def _override(document: JsonObject, text: str) -> str | None:
         elif isinstance(node, list):
             if part not in map(str, range(len(node))):
                 allowed = f"an index from 0 to {len(node) - 1}" if node else "no index: it is empty"
-                return f"--set {text}: {where}: got {show(part)}; allowed: {allowed}"
+                return f"{given}: {where}: got {show(part)}; allowed: {allowed}"
             if is_last:
                 node[int(part)] = value
             node = node[int(part)]
         else:
-            return f"--set {text}: {where} is {show(node)}, which has no keys; allowed: {where}=..."
+            return f"{given}: {where} is {show(node)}, which has no keys; allowed: {where}=..."
     return None
 
 

@@ -83,7 +83,8 @@ def largest_data(job: list[str]) -> int:
     )  # fmt: skip
     while process.poll() is None:
         for pid in of_session(process.pid):
-            with contextlib.suppress(OSError):
+            # A process that has ended has no line of its data, and soon no file.
+            with contextlib.suppress(OSError, AssertionError):
                 largest = max(largest, int(status_bytes("VmData", pid)))
         time.sleep(0.01)
     output = process.communicate()[0]

@@ -326,6 +326,13 @@ def test_an_override_that_goes_nowhere_is_refused(
         load_recipe(write(tmp_path, GOOD), [override])
 
 
+def test_a_refused_override_is_repeated_in_one_short_line(tmp_path: Path) -> None:
+    brackets = "[" * 10_000 + "]" * 10_000
+    (fault,) = faults_of(write(tmp_path, GOOD), f"stages.9.steps={brackets}")
+    assert fault.startswith("--set stages.9.steps=[[[")
+    assert len(fault) < 200
+
+
 JSON_VALUES = st.recursive(
     st.none()
     | st.booleans()
