@@ -110,11 +110,12 @@ def test_damaged_files_are_refused_or_read_rightly(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("target", SHARES)
-def test_ten_thousand_damaged_files_are_refused_or_read_rightly(
-    target: str, world: Path, sandbox: Sandbox
+def test_thousands_of_damaged_files_are_refused_or_read_rightly(
+    target: str, count: int, world: Path, sandbox: Sandbox
 ) -> None:
-    verdicts = fuzz(target, 100 * SHARES[target], world, sandbox)
+    verdicts = fuzz(target, count * SHARES[target] // 100, world, sandbox)
     assert verdicts["refused"]
     assert verdicts["accepted"], "nothing was accepted: is the target broken?"
     print(f"\n{target}: {verdicts}")
@@ -130,6 +131,7 @@ FOUND = (
     Case("recipe", RICH, words=(f"stages.{'9' * 5000}.steps=1",)),
     Case("recipe", RICH, words=(f"stages.0.steps={huge(400)}",)),
     Case("recipe", RICH, words=(f"model.type_vocab_size={huge(12)}",)),
+    Case("recipe", RICH, words=(f"stages.9.steps={'[' * 10_000}{']' * 10_000}",)),
     Case("recipe", RICH, words=(f"learning_rate.points=[[0, 0.001], [{huge(400)}, 0.01]]",)),
     *(Case(target, RICH, edits=(PlaceEdit(op),))
       for target in ("recipe", "engine", "metrics") for op in ("fifo", "endless", "folder")),

@@ -214,7 +214,10 @@ def test_kills_lose_nothing(warm_jobs: WarmJobs, tiny_data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_lose_nothing(warm_jobs: WarmJobs, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.soak)])
+def test_many_kills_lose_nothing(
+    warm_jobs: WarmJobs, tiny_data: Path, tmp_path: Path, kills: int
+) -> None:
     phases: Counter[str] = Counter()
     of_one_rank, runs, began = 0, 0, time.monotonic()
     setups: list[tuple[Setup, Path]] = []
@@ -224,7 +227,7 @@ def test_a_hundred_kills_lose_nothing(warm_jobs: WarmJobs, tiny_data: Path, tmp_
         engine = engine_json(place, zero, is_bf16=is_bf16)
         setup = Setup(warm_jobs, tiny_data, place, engine, (7, 6, 5), every)
         setups.append((setup, setup.undisturbed()))
-    while sum(phases.values()) < 100:
+    while sum(phases.values()) < kills:
         setup, theirs = setups[runs % len(setups)]
         runs += 1
         run_dir = setup.place / f"run{runs}"
