@@ -81,9 +81,10 @@ def test_mpirun_starts_a_job(short: list[object]) -> None:
 
 
 @pytest.mark.slow
-def test_ten_jobs_in_a_row_exit_cleanly(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [3, pytest.param(10, marks=pytest.mark.soak)])
+def test_jobs_in_a_row_exit_cleanly(tiny_data: Path, tmp_path: Path, jobs: int) -> None:
     """gloo aborts at random where a process group is left to the interpreter's end."""
-    for number in range(10):
+    for number in range(jobs):
         run_dir = tmp_path / f"run{number}"
         done = pretrain(2, *arguments(tiny_data, run_dir, engine_json(tmp_path, 1), STEPS))
         assert done.returncode == 0, done.stdout + done.stderr

@@ -133,7 +133,8 @@ CASE = pytest.mark.parametrize(
             case,
             kind := "quick" if case in QUICK else "inductor" if case in INDUCTOR else "slow",
             id="-".join(map(str, case)),
-            marks=pytest.mark.slow,  # test_engine_options.py has the quick ones
+            # test_engine_options.py has the quick ones.
+            marks=[pytest.mark.slow, *[pytest.mark.soak] * (case in INDUCTOR)],
         )
         for case in EVERYWHERE + INDUCTOR
     ],

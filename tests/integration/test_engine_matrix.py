@@ -121,6 +121,7 @@ def test_clipping_bites_in_every_stage_of_a_plan(plan: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("ninja") is None, reason="needs g++ and ninja"
 )
