@@ -5,6 +5,7 @@ test_slurm_script.py still runs the script, with a stub of srun.
 """
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,21 +28,42 @@ trap 'exit 3' TERM
 echo training
 while :; do sleep 0.1; done
 """
+REQUEUED = "slurm.sh: exit code 3; the job goes back into the queue"
 SOON = 30.0  # seconds
 SIGNAL_WITHIN = 90.0  # slurmctld looks at time limits every 30 s; a requeued job waits for 5
 
 
-@pytest.fixture
-def slurm(hosts: tuple[Host, Host], tmp_path: Path) -> Slurm:
-    """Started anew; where it cannot be, the test skips and says why."""
+@pytest.fixture(scope="module")
+def slurm(pair: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """One for all tests; where it cannot be, they skip and say why."""
     if reason := obstacle():
         pytest.skip(reason)
-    folder = tmp_path / "slurm"
-    folder.mkdir()
     try:
-        return Slurm(hosts, folder)
+        yield Slurm(pair, tmp_path_factory.mktemp("slurm"))
     except RuntimeError as error:
         pytest.skip(str(error))
+    finally:
+        for host in pair:
+            host.kill_all()
+
+
+Submit = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def submit(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Submit:
+    """Return `(*words) -> job` of two ranks that only wait."""
+    python = tmp_path_factory.mktemp("programs") / "python"
+    python.write_text(RANK)
+    python.chmod(0o755)
+    path = slurm.run("sh", "-c", f"echo {python.parent}:$PATH")
+    return lambda *words: slurm.submit("--ntasks=2", *words, variables={"PATH": path})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def late(submit: Submit) -> str:
+    """A job near its end; it is submitted first, as its signal takes up to half a minute."""
+    return submit("--time=1", SCRIPT)
 
 
 def test_a_job_that_gets_sigterm_goes_back_into_the_queue_and_trains_the_very_same_run(
@@ -56,36 +78,28 @@ def test_a_job_that_gets_sigterm_goes_back_into_the_queue_and_trains_the_very_sa
     found = slurm.wait_for(job, "COMPLETED", STARTS_WITHIN)
     said = slurm.said(job)
     assert found["Restarts"] == "1", said
-    assert "slurm.sh: exit code 3; the job goes back into the queue" in said
+    assert REQUEUED in said
     assert "resuming from" in said
     assert_the_same_run(run_dir, one_host)
 
 
-def test_the_time_limit_requeues_a_job_and_neither_scancel_nor_a_mistake_does(
-    slurm: Slurm, tmp_path: Path
+def test_a_job_that_is_cancelled_does_not_go_back_into_the_queue(
+    slurm: Slurm, submit: Submit
 ) -> None:
-    python = tmp_path / "programs" / "python"
-    python.parent.mkdir()
-    python.write_text(RANK)
-    python.chmod(0o755)
-
-    def submit(*words: object) -> str:
-        path = slurm.run("sh", "-c", f"echo {python.parent}:$PATH")
-        return slurm.submit("--ntasks=2", *words, variables={"PATH": path})
-
-    late = submit("--time=1", SCRIPT)
-    cancelled = submit(SCRIPT)
-    wrong = submit(SCRIPT, "wrong")
-    found = slurm.wait_for(wrong, "FAILED", SOON)
-    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
-    slurm.wait_until(lambda: slurm.said(cancelled).count("training") == 2, cancelled, SOON)
-    slurm.run("scancel", cancelled)
-    slurm.wait_for(cancelled, "CANCELLED", SOON)
-    assert slurm.wait_for(late, "COMPLETED", SIGNAL_WITHIN)["Restarts"] == "1"
-    assert "slurm.sh: exit code 3; the job goes back into the queue" in slurm.said(late)
-    found = slurm.state(cancelled)
+    job = submit(SCRIPT)
+    slurm.wait_until(lambda: slurm.said(job).count("training") == 2, job, SOON)
+    slurm.run("scancel", job)
+    slurm.wait_until(lambda: "slurmstepd" in slurm.said(job), job, SOON)
+    slurm.wait_until(lambda: not slurm.run("squeue", "--noheader", "--job", job), job, SOON)
+    found = slurm.state(job)
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0")
-    assert "queue" not in slurm.said(cancelled)
+    assert REQUEUED not in slurm.said(job)
+
+
+def test_a_job_of_a_mistake_does_not_go_back_into_the_queue(slurm: Slurm, submit: Submit) -> None:
+    job = submit(SCRIPT, "wrong")
+    found = slurm.wait_for(job, "FAILED", SOON)
+    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
 
 
 def test_the_readmes_line_makes_a_hostfile_of_an_allocation(slurm: Slurm, tmp_path: Path) -> None:
@@ -94,3 +108,8 @@ def test_the_readmes_line_makes_a_hostfile_of_an_allocation(slurm: Slurm, tmp_pa
     hostfile = read_hostfile(tmp_path / "hostfile")
     assert hostfile.slots == dict.fromkeys(NAMES, 8)
     assert not hostfile.refused
+
+
+def test_the_time_limit_sends_a_job_back_into_the_queue(slurm: Slurm, late: str) -> None:
+    assert slurm.wait_for(late, "COMPLETED", SIGNAL_WITHIN)["Restarts"] == "1"
+    assert REQUEUED in slurm.said(late)
