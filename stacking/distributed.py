@@ -1,10 +1,13 @@
 """Who this process is: rank, world, barriers and agreement. The only reader of the environment."""
 
 import ctypes
+import importlib
 import os
+import re
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar, cast
@@ -12,21 +15,18 @@ from typing import TypeVar, cast
 import torch
 from torch import distributed
 
+from stacking import launchers
 from stacking.errors import UserError, everybodys, is_users
 
 _Result = TypeVar("_Result")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
-# What a launcher leaves behind when it has told this process its rank: torch's and DeepSpeed's,
-# Open MPI's, MPICH's and Intel's, Slurm's.
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-_WORLD_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-_LOCAL_SIZE_VARIABLES = (
-    "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS",
-)  # fmt: skip
 _PORT = 29500  # on which the ranks meet; torch's default
+_MPI_FIX = (
+    "start them by the mpirun for which mpi4py was built, or build it for this one "
+    "(MPICC=mpicc.mpich pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py)"
+)
 
 
 def prepare_memory() -> None:
@@ -62,11 +62,12 @@ def release_memory() -> None:
 
 
 def prepare_environment() -> None:
-    """Make `python launch/pretrain.py` without a launcher a world of one rank.
+    """Make srun's tasks the ranks, and a process without a launcher a world of one rank.
 
     Must run before DeepSpeed initialises: it would otherwise look for MPI, which need not exist.
     """
-    if any(name in os.environ for name in _RANK_VARIABLES):
+    os.environ.update(launchers.from_srun(os.environ))
+    if "RANK" in os.environ or launchers.is_mpis(os.environ):
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,6 +76,28 @@ def prepare_environment() -> None:
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+
+
+def require_its_mpi() -> None:
+    """Initialise MPI, where mpirun started this process: mpi4py must see all ranks of it.
+
+    One that was built for another MPI sees a world of one rank; as many jobs would train at once
+    into one folder. UserError on all ranks.
+    """
+    if not launchers.is_mpis(os.environ):
+        return
+    started = f"mpirun started {world_size()} ranks, which find each other by mpi4py"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mpi4py's own guess, once a rank
+            mpi = importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        raise everybodys(UserError(f"{started}: {error}; {_MPI_FIX}")) from error
+    found = mpi.COMM_WORLD.Get_size()
+    if found != world_size():
+        library = re.split("[,\n]", mpi.Get_library_version())[0].replace("\t", " ")
+        wrong = f"but it sees {found}, as it was built for another MPI ({library})"
+        raise everybodys(UserError(f"{started}, {wrong}; {_MPI_FIX}"))
 
 
 @contextmanager
@@ -142,29 +165,24 @@ def rank() -> int:
     """This process's rank, 0-based; from the launcher before the group exists."""
     if distributed.is_initialized():
         return distributed.get_rank()
-    return _told(_RANK_VARIABLES, 0)
+    return launchers.number(os.environ, launchers.RANK, 0)
 
 
 def world_size() -> int:
     """Number of ranks."""
     if distributed.is_initialized():
         return distributed.get_world_size()
-    return _told(_WORLD_VARIABLES, 1)
+    return launchers.number(os.environ, launchers.WORLD_SIZE, 1)
 
 
 def local_rank() -> int:
     """This process's rank on its host: which of the host's devices is its own."""
-    return _told(_LOCAL_RANK_VARIABLES, 0)
+    return launchers.number(os.environ, launchers.LOCAL_RANK, 0)
 
 
 def local_world_size() -> int:
     """Number of ranks on this host."""
-    return _told(_LOCAL_SIZE_VARIABLES, 1)
-
-
-def _told(names: tuple[str, ...], otherwise: int) -> int:
-    """By the first launcher that has told it."""
-    return int(next((os.environ[name] for name in names if name in os.environ), otherwise))
+    return launchers.number(os.environ, launchers.LOCAL_SIZE, 1)
 
 
 def is_main() -> bool:
@@ -309,7 +327,7 @@ def master_address() -> str:
 
 def master_port() -> int:
     """The port on which all ranks meet; MPI, which names none, leaves it to MASTER_PORT."""
-    return _told(("MASTER_PORT",), _PORT)
+    return int(os.environ.get("MASTER_PORT", _PORT))
 
 
 def rank_name() -> str:

@@ -58,6 +58,7 @@ def start(hang_timeout: float = 0.0) -> Accelerator:
         raise ConfigError("DeepSpeed is not installed; training needs it: pip install deepspeed")
     distributed.prepare_memory()
     distributed.prepare_environment()
+    distributed.require_its_mpi()
     log_to(None)
     # DeepSpeed compiles a shared-memory op on the CPU that only inference_all_reduce uses: 48 s,
     # and fatal without a compiler. tests/unit/test_engine.py tells when the hook is gone.

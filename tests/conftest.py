@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, script
+from host_runs import WHOLE, command_line
+from launching import ROOT, pretrain, script
 from two_hosts import Host, obstacle, two_hosts
 
 SAMPLE = ROOT / "data_prep" / "sample"
@@ -54,6 +55,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def one_host(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run of two ranks on one host, which nothing disturbed: for tests/multi_node."""
+    folder = tmp_path_factory.mktemp("one_host")
+    done = pretrain(2, *command_line(tiny_data, folder / "run", WHOLE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

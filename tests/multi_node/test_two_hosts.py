@@ -12,20 +12,19 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from launching import pretrain, rows
-from same_run import arguments, assert_the_same_run, engine_json, tags
+from host_runs import STARTS_WITHIN, WHOLE, command_line, steps_of, wait_until
+from launching import rows
+from same_run import assert_the_same_run, tags
 from two_hosts import EXAMPLES, Host
 
 pytestmark = [pytest.mark.slow, pytest.mark.multi_node, pytest.mark.timeout(900)]
 
 Pair = tuple[Host, Host]
 
-WHOLE = ("model.hidden_dropout_prob=0.0", "model.attention_probs_dropout_prob=0.0")
-"""12 steps, two switches; without dropout, which is seeded by rank, as ranks come and go."""
 ENDLESS = (
     *WHOLE, "stages.1.steps=100000", "evaluation.every_steps=100000",
     "checkpoint.every_steps=100000",
@@ -34,43 +33,12 @@ ENDLESS = (
 SWITCH = 5  # optimizer steps until the second stage
 LOST_AT = SWITCH + 6  # the step that a run has to reach before it is disturbed
 ENDS_WITHIN = 60.0  # seconds after a loss
-STARTS_WITHIN = 400.0  # seconds until training is under way, on two busy cores
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-
-
-@pytest.fixture(scope="module")
-def one_host(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole run of two ranks on one host."""
-    folder = tmp_path_factory.mktemp("one_host")
-    done = pretrain(2, *command_line(tiny_data, folder / "run", WHOLE))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run"
-
-
-def command_line(data: Path, run_dir: Path, changes: Sequence[str], *more: object) -> list[object]:
-    """Of pretrain.py: micro batch 3, so that two ranks accumulate twice and one four times."""
-    return [*arguments(data, run_dir, engine_json(run_dir.parent, 1), changes), *more]
 
 
 def launch(kind: str) -> list[object]:
     """`bash launch/multi_node/KIND.sh`."""
     return ["bash", EXAMPLES / f"{kind}.sh"]
-
-
-def wait_until(is_so: Callable[[], object], process: subprocess.Popen[str], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.01)
-
-
-def steps_of(run_dir: Path) -> list[int]:
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return [0]
-    return [0, *map(int, re.findall(r'"event": "train", "global_step": (\d+)', path.read_text()))]
 
 
 def trained(run_dir: Path) -> dict[int, dict[str, object]]:

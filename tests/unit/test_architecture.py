@@ -30,7 +30,7 @@ LAYERS = {
     0: {"errors"},
     1: {"config_base", "config_branches", "config_faults", "config_learning_rate",
         "config_model", "config_stage", "branches", "config", "config_loading", "schedule",
-        "distributed", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
+        "distributed", "launchers", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
         "deepspeed_optimizer", "stopping", "progress", "rank_agreement", "rank_ledger",
         "rank_watch"},
     2: {"snapshot", "parameter_groups", "functional", "positions", "layers", "attention",

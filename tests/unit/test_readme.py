@@ -14,6 +14,7 @@ COMMANDS = [line.split() for line in BLOCKS.splitlines() if line.strip()]
 # Which test or CI step runs each command for real.
 RUN_BY = {
     "launch/demo.sh": "tests/integration/test_demo.py",
+    "launch/multi_node/slurm.sh": "tests/multi_node/test_slurm_script.py",
     "tests/run.sh": ".ci/run",
     "launch/prepare_data.py": "tests/integration/conftest.py",
     "launch/pretrain.py": "tests/integration/launching.py",
