@@ -30,7 +30,7 @@ from data_prep.shard_format import (
 from stacking.errors import ShardError, UserError
 
 SMALL_FILES = (VOCABULARY, "tokenizer.json", TOKEN_COUNTS, MANIFEST)  # the manifest is the last
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2**20  # stays in a core's cache between reading, hashing and writing
 _NAME_DIGITS = 16  # of the manifest's sha256
 # Some network and FUSE file systems. Renames alone then keep copies whole; work may be done twice.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -200,12 +200,14 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes / _MIB:,.1f} MiB"
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _blocks(path: Path) -> Iterator[memoryview]:
+    """Of a file, in order; each is overwritten by the next."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
     try:
         require_plain(path)
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                yield block
+        with path.open("rb", buffering=0) as stream:
+            while num_bytes := stream.readinto(block):
+                yield block[:num_bytes]
     except OSError as error:
         raise _unreadable(path, error) from error
 

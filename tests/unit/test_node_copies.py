@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +39,14 @@ END_OF_COPY = {
     "after that": (node_copies, "sync_folder"),
 }
 """Where else a copy can be killed, and the call that is not made."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_several_blocks() -> Iterator[None]:
+    """A shard here has a few thousand bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node_copies, "_BLOCK_BYTES", 700)
+        yield
 
 
 @pytest.fixture(scope="module")
