@@ -29,6 +29,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--recipe", type=Path, required=True, help="what is trained: launch/recipes/*.json")
     add("--data", type=Path, required=True, help="folder made by prepare_data.py, or NVIDIA shards")
+    add("--stage-data", type=Path, default=None, metavar="DIR",
+        help="copy shards to this folder on each node's own disk, read them there")  # fmt: skip
     add("--run-dir", type=Path, required=True, help="where the run is written; never overwritten")
     add("--deepspeed_config", type=Path, default=None,
         help="how it runs: deepspeed_configs/*.json (default: fp16_fused_adam)")  # fmt: skip
@@ -83,6 +85,7 @@ def trainer_of(
         run.recipe,
         load_deepspeed_config(arguments.deepspeed_config),
         data_dir=arguments.data,
+        stage_data=arguments.stage_data,
         run_dir=run.folder,
         resume=arguments.resume,
         branch_from=run.trunk,

@@ -38,6 +38,7 @@ __all__ = [
     "load_token_counts",
     "open_shards",
     "validation_batches",
+    "validation_rows",
 ]
 
 PREFETCHED_STEPS = 2
@@ -197,14 +198,19 @@ def validation_batches(
     softmax over nothing is not a number.
     """
     batches = _BatchMaker(shards, data, seed, model_vocab_size)
-    count = min(max_sequences, shards.num_rows)
-    chosen = np.arange(count) * shards.num_rows // count
-    per_rank = -(-count // world_size)
+    chosen = validation_rows(shards, max_sequences)
+    per_rank = -(-chosen.size // world_size)
     size = min(batch_size, per_rank)
     mine = chosen[rank::world_size]
     for start in range(0, per_rank, size):
         rows = mine[start : start + size]
         yield batches.make(rows, np.zeros_like(rows), num_filler=size - rows.size)
+
+
+def validation_rows(shards: ShardSet, max_sequences: int) -> IntArray:
+    """Return the rows that are evaluated on: at most so many, spread evenly over the split."""
+    count = min(max_sequences, shards.num_rows)
+    return np.arange(count) * shards.num_rows // count
 
 
 class _BatchMaker:

@@ -220,7 +220,7 @@ def all_ranks_agree(claim: bool, device: torch.device) -> bool:
 def together(step: Callable[[], _Result]) -> _Result:
     """Do `step` on every rank; if a user's mistake shows on any, raise it on all of them.
 
-    A fault that only one host sees, such as a missing mount, is named with its rank. Collective.
+    A fault that only one host sees, such as a missing mount, is named with it. Collective.
     """
     result, fault = None, ""
     try:
@@ -235,7 +235,8 @@ def together(step: Callable[[], _Result]) -> _Result:
         return cast(_Result, result)
     if len(seen) == 1 and all(faults):
         raise everybodys(UserError(seen[0]))
-    told = "\n".join(f"on rank {rank}: {text}" for rank, text in enumerate(faults) if text)
+    names = gather_objects(rank_name())
+    told = "\n".join(f"on {names[rank]}: {text}" for rank, text in enumerate(faults) if text)
     raise everybodys(UserError(told))
 
 

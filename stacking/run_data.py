@@ -4,20 +4,25 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data_prep.shard_format import file_sha256
 from stacking import distributed, engine, metrics
 from stacking.config import DataConfig, Learned, Recipe
 from stacking.dataset import (
+    PREFETCHED_STEPS,
     MaskedLMBatch,
     PretrainingLoader,
     check_compatible,
     load_token_counts,
     open_shards,
     validation_batches,
+    validation_rows,
 )
 from stacking.errors import ShardError
+from stacking.sample_order import BLOCK_ROWS, SampleOrder
+from stacking.schedule import stage_start
 from stacking.stage_switch import Probe
 
 PROBE_SEQUENCES = 8
@@ -52,6 +57,33 @@ class RunData:
         """Of the tokenizer.json beside the shards; empty where there is none."""
         path = self._data_dir / "tokenizer.json"
         return file_sha256(path) if path.is_file() else ""
+
+    def shards_read(self, first_step: int, last_step: int) -> set[str]:
+        """File names of the shards that are read on this rank's node in these optimizer steps.
+
+        `first_step` steps are done before, `last_step` when the session ends. Evaluation reads the
+        same on all nodes; so does training, as a group of the order has rows for all ranks. Only
+        growth maps are learned on the main rank's alone.
+        """
+        recipe, batch = self._recipe, self._recipe.global_batch_size
+        names = self._training_shards(recipe.seed, first_step, last_step, batch)
+        rows = validation_rows(self._validation, recipe.evaluation.max_sequences)
+        names.update(self._validation.holding(rows, rows))
+        for stage, settings in enumerate(recipe.stages):
+            is_near = first_step <= stage_start(stage, recipe.stages) <= last_step
+            if settings.learned is not None and is_near and distributed.is_main():
+                learned = settings.learned
+                names |= self._training_shards(
+                    recipe.seed + stage, 0, learned.steps, learned.batch_size
+                )
+        return names
+
+    def _training_shards(self, seed: int, first_step: int, last_step: int, batch: int) -> set[str]:
+        num_rows = self._training.num_rows
+        # A loader's thread is so far ahead: its queue, and the step that waits for room in it.
+        stop = (last_step + PREFETCHED_STEPS + 1) * batch
+        first = SampleOrder(num_rows, seed).blocks(first_step * batch, stop) * BLOCK_ROWS
+        return set(self._training.holding(first, np.minimum(first + BLOCK_ROWS, num_rows) - 1))
 
     def loader(self, stage: int, micro_batch_size: int) -> PretrainingLoader:
         """This rank's training batches of `stage`, from the first sample on."""

@@ -40,6 +40,24 @@ class SampleOrder:
             rows[of_epoch] = self._rows(int(epoch), positions[of_epoch] - epoch * self.num_rows)
         return rows, epochs
 
+    def blocks(self, start: int, stop: int) -> IntArray:
+        """Return the blocks whose rows may stand at positions start ... stop - 1, ascending.
+
+        Of a group that a position falls into, all: its rows are shuffled together, so that each
+        rank's share of a few batches comes from all of its blocks.
+        """
+        num_rows = self.num_rows
+        first_whole = -(-start // num_rows)
+        if (first_whole + 1) * num_rows <= stop:
+            return np.arange(-(-num_rows // BLOCK_ROWS))
+        found = [np.empty(0, np.int64)]
+        for epoch in range(start // num_rows, -(-stop // num_rows)):
+            plan = self._plan(epoch)
+            ends = max(start - epoch * num_rows, 0), min(stop - epoch * num_rows, num_rows) - 1
+            first, last = np.searchsorted(plan.group_starts, ends, side="right") - 1
+            found.append(plan.blocks[first * GROUP_BLOCKS : (last + 1) * GROUP_BLOCKS])
+        return np.unique(np.concatenate(found))
+
     def _rows(self, epoch: int, offsets: IntArray) -> IntArray:
         """Return the rows at offsets [n] of one epoch."""
         plan = self._plan(epoch)

@@ -78,6 +78,15 @@ class ShardSet:
             )
         self._verified.add(shard.path)
 
+    def holding(self, first: IntArray, last: IntArray) -> list[str]:
+        """Return the file names of shards with any of the rows first[i] ... last[i]."""
+        ends = np.cumsum([shard.num_rows for shard in self.shards])
+        steps = np.zeros(len(ends) + 1, np.int64)
+        np.add.at(steps, np.searchsorted(ends, first, side="right"), 1)
+        np.add.at(steps, np.searchsorted(ends, last, side="right") + 1, -1)
+        touched = np.cumsum(steps)[:-1] > 0
+        return [shard.path.name for shard, held in zip(self.shards, touched, strict=True) if held]
+
     @property
     def fingerprint(self) -> int:
         """Short hash of file names, rows and, with a manifest, contents: whether a resume sees the

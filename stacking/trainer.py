@@ -41,6 +41,7 @@ from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
 from stacking.run_origin import Branched, NewRun, Origin, Resumed
 from stacking.run_saving import RunSaver
+from stacking.run_staging import DataPlace, Session
 from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
 from stacking.stage_switch import SwitchReport, switch_stage
@@ -75,6 +76,7 @@ class Trainer:
         deepspeed_config: DeepSpeedConfig,
         *,
         data_dir: Path,
+        stage_data: Path | None = None,
         run_dir: Path,
         resume: str = "auto",
         branch_from: Trunk | None = None,
@@ -84,6 +86,7 @@ class Trainer:
     ) -> None:
         """Refuse a growth that is not possible (ConfigError), the same on all ranks.
 
+        `stage_data`: a folder on each node's own disk, for copies of the shards that are read.
         `branch_from`: the run whose first steps a new run takes over.
         `hang_timeout`: seconds without progress on any rank after which the process ends (exit
         code 4; see rank_watch.py).
@@ -97,7 +100,7 @@ class Trainer:
         self.recipe = recipe
         self.folder = RunFolder(run_dir)
         self._deepspeed_config = deepspeed_config
-        self._data_dir = data_dir
+        self._place = DataPlace(data_dir, stage_data)
         self._resume = resume
         self._trunk = branch_from
         self._branch_steps = branch_steps(recipe)
@@ -143,6 +146,7 @@ class Trainer:
 
     def _fit(self, accelerator: Accelerator) -> Outcome:
         self._watch.mark(0, "checking data and settings")
+        self._place.open()
         distributed.together(lambda: self._prepare(accelerator))
         self._resolved = engine_options.settle(self._resolved, engine.current_device())
         require_equal(self._what_ranks_share())
@@ -174,13 +178,14 @@ class Trainer:
         return {
             "the recipe": recipe_sha256(self.recipe)[:12],
             "the DeepSpeed JSON": hashlib.sha256(settings.encode()).hexdigest()[:12],
-            "the data": str(self._data.fingerprint),
+            "the training shards": str(self._data.fingerprint),
+            "the validation shards": str(self._data.validation_fingerprint),
             "the versions of torch, DeepSpeed and this trainer": engine.versions(),
         }
 
     def _prepare(self, accelerator: Accelerator) -> None:
         """Check data and engine settings; reads only."""
-        self._data = RunData(self.recipe, self._data_dir)
+        self._data = RunData(self.recipe, self._place.folder)
         resolved = resolve_stages(
             self._deepspeed_config,
             self.recipe,
@@ -195,7 +200,7 @@ class Trainer:
         self.folder.check(self.recipe, self._resume)
         if self._trunk is not None:
             self._trunk.check(self.folder, self.recipe, self._conditions())
-        self.folder.create(self.recipe, self._data_dir)
+        self.folder.create(self.recipe, self._place.folder)
         self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
         self._manager.mend()
         log_to(self.folder.log)
@@ -213,7 +218,7 @@ class Trainer:
         self._state = distributed.on_main(origin.state)
         if self._state.global_step >= self.recipe.total_steps:
             return self._done()
-        if self._state.global_step >= (self._limits.steps or self.recipe.total_steps):
+        if self._state.global_step >= self._last_step or not self._stage_data():
             return self._stopped()
         self._begin(origin)
         last_stage = len(self.recipe.stages) - 1
@@ -226,6 +231,21 @@ class Trainer:
                 break
             self._switch(self._leave_stage)
         return self._stopped()
+
+    @property
+    def _last_step(self) -> int:
+        """Optimizer steps that are done when this session ends by itself."""
+        return min(self.recipe.total_steps, self._limits.steps or self.recipe.total_steps)
+
+    def _stage_data(self) -> bool:
+        """Copy what this session reads to each node; False if a rank wants to stop before."""
+        step = self._state.global_step
+        session = Session(
+            mark=lambda: self._watch.mark(step, "staging data", EXPECTED_AT_MOST),
+            say=self._log.say,
+            is_stopping=lambda: self._stop.is_requested,
+        )
+        return self._place.fill(lambda: self._data.shards_read(step, self._last_step), session)
 
     def _done(self) -> Outcome:
         self._log.run_end(self._state)

@@ -38,7 +38,7 @@ def told(faulty_rank: int, on_main_only: bool) -> str:
 def test_a_fault_of_rank_1_is_heard_on_rank_0_with_its_rank() -> None:
     for answer in run_on_ranks(told, 2, 1, False):
         assert isinstance(answer, str)
-        assert answer.startswith("on rank 1: ")
+        assert answer.startswith("on rank 1 (host ")
         assert "the mount is missing" in answer
 
 

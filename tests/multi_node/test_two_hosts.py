@@ -33,6 +33,7 @@ ENDLESS = (
 SWITCH = 5  # optimizer steps until the second stage
 LOST_AT = SWITCH + 6  # the step that a run has to reach before it is disturbed
 ENDS_WITHIN = 60.0  # seconds after a loss
+STAGED = "/dev/shm/staged"  # a file system of each host's own
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
@@ -190,6 +191,49 @@ def test_hosts_started_by_hand_train_the_same_and_a_lost_main_host_ends_the_othe
     assert other.returncode == 4, words
     assert "rank 0 (host node1" in words
     main.communicate()
+
+
+def test_each_host_reads_copies_of_its_own_and_the_shared_shards_no_more(
+    hosts: Pair, tiny_data: Path, tmp_path: Path, one_host: Path
+) -> None:
+    shared = Path(shutil.copytree(tiny_data, tmp_path / "shared"))
+    words = [*command_line(shared, tmp_path / "run", WHOLE), *staged_on(hosts)]
+    done = hosts[0].run(*launch("pdsh"), *words, "--max-steps", SWITCH - 2)
+    assert done.returncode == 3, done.stdout
+    assert "staging 4 shards (" in done.stdout  # two on each
+    assert f"in {staged_on(hosts)[1]}/" in done.stdout
+    assert "of 2 nodes; all ranks wait" in done.stdout
+    for path in shared.glob("*.hdf5"):
+        path.rename(path.with_suffix(".away"))
+    done = hosts[0].run(*launch("pdsh"), *words)
+    assert done.returncode == 0, done.stdout
+    assert "all shards that are needed lie in" in done.stdout
+    assert_the_same_run(tmp_path / "run", one_host)
+
+
+def staged_on(hosts: Pair) -> list[str]:
+    """Flag and folder, which each host has for itself."""
+    for host in hosts:
+        assert host.run("mkdir", "-p", STAGED).returncode == 0
+    return ["--stage-data", STAGED]
+
+
+def test_a_host_with_another_manifest_is_named_by_all(
+    hosts: Pair, tiny_data: Path, tmp_path: Path
+) -> None:
+    shared = Path(shutil.copytree(tiny_data, tmp_path / "shared"))
+    others = Path(shutil.copytree(tiny_data, tmp_path / "others"))
+    with (others / "manifest.json").open("a") as manifest:
+        manifest.write("\n")
+    assert hosts[1].run("mount", "--bind", others, shared).returncode == 0
+    done = hosts[0].run(*launch("pdsh"), *command_line(shared, tmp_path / "run", WHOLE))
+    assert hosts[1].run("umount", shared).returncode == 0
+    assert done.returncode == 2, done.stdout
+    said = [line for line in done.stdout.splitlines() if re.match(r"node\d: error: ", line)]
+    assert len(said) == 1, done.stdout
+    assert "the ranks do not agree; mount the same folder on every host" in said[0]
+    other = rf"--data {shared}: .*rank 1 \(host node2, pid \d+\) has manifest [0-9a-f]{{12}}"
+    assert re.search(other, said[0])
 
 
 @pytest.fixture

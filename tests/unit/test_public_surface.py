@@ -38,6 +38,7 @@ FLAGS = {
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
         "--branch-from", "--strict-precision", "--time-limit", "--max-steps", "--hang-timeout",
+        "--stage-data",
     },
     "doctor.py": {
         "--hostfile", "--recipe", "--set", "--deepspeed_config", "--data", "--run-dir",
