@@ -118,7 +118,7 @@ def _losses_of(totals: Tensor, counts: Sequence[float]) -> float:
 def _document(variant: Variant) -> Settings:
     """The DeepSpeed JSON of a variant: small buckets, and ZeRO-3 parts every parameter."""
     made = settings(variant.zero_stage, variant.precision)
-    zero = {**made.deepspeed["zero_optimization"]}  # type: ignore[dict-item]
+    zero: dict[str, object] = {**made.deepspeed["zero_optimization"]}  # type: ignore[dict-item]
     if variant.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     if variant.offload == "both":

@@ -149,7 +149,9 @@ def test_a_broken_json_is_refused_with_file_path_value_and_what_is_allowed(
         (
             {
                 "zero_optimization": {
-                    "stage": 3, "zero_quantized_gradients": True, "reduce_scatter": False
+                    "stage": 3,
+                    "zero_quantized_gradients": True,
+                    "reduce_scatter": False,
                 }
             },
             "zero_quantized_gradients: got true with reduce_scatter false",
