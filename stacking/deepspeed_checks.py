@@ -102,6 +102,7 @@ def _faults_between(settings: EngineSettings) -> list[str]:
     return [
         *_precision_faults(settings),
         *_gradient_faults(settings),
+        *_zeropp_faults(settings),
         *_offload_faults(settings),
         *_optimizer_faults(settings),
         *_compile_faults(settings),
@@ -150,6 +151,28 @@ def _gradient_faults(settings: EngineSettings) -> list[str]:
         faults.append(
             f"data_types.grad_accum_dtype: got '{accumulation}' at ZeRO stage 0; allowed: 'fp32', "
             "or stages 1 to 3"
+        )
+    return faults
+
+
+def _zeropp_faults(settings: EngineSettings) -> list[str]:
+    """ZeRO++ where DeepSpeed would ignore it, or stop with a bare assertion."""
+    zero = settings.zero_optimization
+    plain = {
+        "zero_hpz_partition_size": 1,
+        "zero_quantized_weights": False,
+        "zero_quantized_gradients": False,
+    }
+    faults = [
+        f"zero_optimization.{name}: got {show(getattr(zero, name))} at ZeRO stage {zero.stage}; "
+        f"allowed: {show(value)}, or stage 3, which alone has it"
+        for name, value in plain.items()
+        if zero.stage != 3 and getattr(zero, name) != value
+    ]
+    if zero.stage == 3 and zero.zero_quantized_gradients and not zero.reduce_scatter:
+        faults.append(
+            "zero_optimization.zero_quantized_gradients: got true with reduce_scatter false; "
+            "allowed: reduce_scatter true"
         )
     return faults
 

@@ -103,6 +103,7 @@ def resolve(
     precision, notices, faults = _fit_precision(settings, accelerator, strict_precision)
     micro, batch_faults = _micro_batch(settings, recipe.global_batch_size, world_size)
     faults += batch_faults + _device_faults(settings, accelerator)
+    faults += _sharing_faults(settings, world_size)
     faults += optimizer_faults(settings, recipe, accelerator)
     if faults:
         raise ConfigError([f"{config.source}: {fault}" for fault in faults])
@@ -280,6 +281,17 @@ def _device_faults(settings: EngineSettings, accelerator: Accelerator) -> list[s
         f"zero_optimization.{name}: got true, which needs CUDA kernels; allowed: false"
         for name in ("zero_quantized_weights", "zero_quantized_gradients")
         if getattr(settings.zero_optimization, name)
+    ]
+
+
+def _sharing_faults(settings: EngineSettings, world_size: int) -> list[str]:
+    """Ranks that DeepSpeed cannot divide into equal groups; fewer ranks are one group."""
+    size = settings.zero_optimization.zero_hpz_partition_size
+    if world_size % min(size, world_size) == 0:
+        return []
+    return [
+        f"zero_optimization.zero_hpz_partition_size: got {size} with a world of {world_size} "
+        f"ranks; allowed: {_names(_divisors(world_size, world_size))}, best the ranks of one node"
     ]
 
 

@@ -17,6 +17,7 @@ from stacking.layers import LayerNormFactory
 
 try:
     import deepspeed
+    from deepspeed.utils import groups
 except ImportError:  # engine.start() says what to install
     deepspeed = None
 
@@ -69,9 +70,21 @@ def zero_stage(document: Mapping[str, object]) -> int:
 def _parted(document: Mapping[str, object]) -> AbstractContextManager[object]:
     """Inside, ZeRO-3 parts each module over the ranks as soon as it is made."""
     found: AbstractContextManager[object] = deepspeed.zero.Init(
-        config_dict_or_path=copy.deepcopy(document)
+        config_dict_or_path=copy.deepcopy(document),
+        zero_param_parallel_group=_sharing_group(document),
     )
     return found
+
+
+def _sharing_group(document: Mapping[str, object]) -> object | None:
+    """The last engine's group for zero_hpz_partition_size, of which DeepSpeed makes only one."""
+    zero = document.get("zero_optimization")
+    size = int(zero.get("zero_hpz_partition_size", 1)) if isinstance(zero, dict) else 1
+    group = groups._get_zero_param_intra_parallel_group()
+    if size > 1 and group is not None and group.size() == min(size, distributed.world_size()):
+        return group  # type: ignore[no-any-return]
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of another size: DeepSpeed makes a new one
+    return None
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[object]:

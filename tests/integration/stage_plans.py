@@ -46,6 +46,8 @@ class Variant:
     max_grad_norm: float = 0.5
     offload: str = ""  # or optimizer, both
     torch_adam: bool = True
+    hpz: int = 1
+    """Ranks that part the weights among themselves for the backward pass (ZeRO 3)."""
 
     def __str__(self) -> str:
         words = [
@@ -54,6 +56,7 @@ class Variant:
             "" if self.max_grad_norm else "unclipped",
             f"offload_{self.offload}" if self.offload else "",
             "" if self.torch_adam else "deepspeed_adam",
+            f"hpz{self.hpz}" if self.hpz > 1 else "",
         ]  # fmt: skip
         return "-".join(word for word in words if word)
 
@@ -115,11 +118,13 @@ def _losses_of(totals: Tensor, counts: Sequence[float]) -> float:
 def _document(variant: Variant) -> Settings:
     """The DeepSpeed JSON of a variant: small buckets, and ZeRO-3 parts every parameter."""
     made = settings(variant.zero_stage, variant.precision)
-    zero = {**made.deepspeed["zero_optimization"]}  # type: ignore[dict-item]
+    zero: dict[str, object] = {**made.deepspeed["zero_optimization"]}  # type: ignore[dict-item]
     if variant.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     if variant.offload == "both":
         zero["offload_param"] = {"device": "cpu"}
+    if variant.hpz > 1:
+        zero["zero_hpz_partition_size"] = variant.hpz
     numbers = {"lr": 0.0, "betas": list(OPTIMIZER.betas), "eps": OPTIMIZER.eps}
     if variant.torch_adam:
         numbers |= {"torch_adam": True, "fused": True}

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from two_hosts import obstacle
 
 from stacking.cluster_time import load_cluster
+from stacking.config_loading import load_recipe
+from stacking.cost import trained_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ("--vocab-size", "512", "--seq-length", "16")
@@ -91,3 +94,36 @@ def test_padding_is_measured_with_and_without() -> None:
     )  # fmt: skip
     assert isinstance(values["results"], list)
     assert values["results"][0]["limit"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.multi_node
+def test_what_stages_and_knobs_send_between_two_hosts_is_what_the_formula_says() -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
+    _, values = run(
+        "network", "--recipe", "mslt_tiny", "--megabits", "20", "--delay-ms", "0", "20",
+        "--batch", "8", "--steps", "1", "--rounds", "1",
+    )  # fmt: skip
+    assert isinstance(values["networks"], list)
+    fast, *slow = values["networks"]
+    assert fast["megabits_reached"] < 30
+    recipe = load_recipe(ROOT / "launch" / "recipes" / "mslt_tiny.json")
+    costs = fast["costs"]
+    for index, stage in enumerate(recipe.stages):
+        (sent,) = [
+            cost["bytes"] for name, cost in costs.items()
+            if name.startswith(f"{index + 1}: ") and "all" not in name
+        ]  # fmt: skip
+        trained = trained_parameters(recipe.stage_model(index), stage.freeze)
+        # Two ranks: half of three passes over 16 bits; small sums and headers on top.
+        assert 3 * trained < sent < 3 * trained + 5000
+    one = costs["ZeRO 1"]["bytes"]
+    # 9, 5 and 12 passes instead of 3, in four micro steps.
+    passes = {"ZeRO 2": 3, "ZeRO 1, fp32 travels": 5 / 3, "ZeRO 3": 4}
+    for name, times in passes.items():
+        assert costs[name]["bytes"] == pytest.approx(times * one, rel=0.05)
+    if slow:
+        assert slow[0]["message_seconds"] > 0.04 > fast["message_seconds"]
+    else:
+        assert "netem" in str(values["left_out"])

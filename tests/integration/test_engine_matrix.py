@@ -38,6 +38,7 @@ def matrix(ranks: int) -> list[Case]:
         some = [(zero, kind) for zero, kind in PRECISIONS if kind != "fp16"]
         few = [Variant("depth", zero, kind, 2) for zero, kind in some]
         few += [Variant("depth", 1, "fp32", 1, 0.0), Variant("depth", 3, "fp32", offload="both")]
+        few += [Variant("depth", 3, "fp32", hpz=2)]
         return [(ranks, variant) for variant in few]
     clipped = {"fp32": (1, 2, 4)}
     variants = [
@@ -49,6 +50,7 @@ def matrix(ranks: int) -> list[Case]:
     ]
     variants += [Variant("depth", z, "fp32", 2, offload="optimizer") for z in (1, 2, 3)]
     variants += [Variant("depth", 3, kind, 2, offload="both") for kind in ("fp32", "bf16")]
+    variants += [Variant("depth", 3, "bf16", 2, hpz=2)]
     for plan in sorted(PLANS.keys() - {"depth"}):
         variants += [Variant(plan, z, "fp32") for z in (range(4) if ranks == 2 else (1, 3))]
     return [(ranks, variant) for variant in variants]

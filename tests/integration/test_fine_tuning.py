@@ -366,6 +366,7 @@ def test_a_loss_that_is_no_number_is_one_message(toy: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "cpu_bf16", "zero2_fp16", "zero3_fp16", "zero3_offload_fp16", "multi_node_fp16",
+    "multi_node_zero3_fp16",
 ])  # fmt: skip
 def test_every_engine_of_pre_training_fine_tunes(name: str, toy: Path) -> None:
     path = ROOT / f"deepspeed_configs/{name}.json"

@@ -104,6 +104,8 @@ BROKEN = [
     ("apex.fused_lam", True, r"apex\.fused_lam: unknown key; did you mean 'fused_lamb'"),
     ("optimizer.params.ns_method", "gram", "ns_method: not a parameter of AdamW; allowed: absent"),
     ("zero_optimization.round_robin_gradients", True, "round_robin_gradients: got true; allowed"),
+    ("zero_optimization.zero_hpz_partition_size", 8, "size: got 8 at ZeRO stage 1; allowed: 1, or"),
+    ("zero_optimization.zero_quantized_weights", True, "got true at ZeRO stage 1; allowed: false"),
 ]
 
 
@@ -143,6 +145,16 @@ def test_a_broken_json_is_refused_with_file_path_value_and_what_is_allowed(
         (
             {"data_types": {"grad_accum_dtype": "bf16"}},
             "grad_accum_dtype: got 'bf16' at ZeRO stage 0",
+        ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "zero_quantized_gradients": True,
+                    "reduce_scatter": False,
+                }
+            },
+            "zero_quantized_gradients: got true with reduce_scatter false",
         ),
     ],
 )

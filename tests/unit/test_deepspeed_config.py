@@ -290,6 +290,14 @@ def test_quantized_zero_needs_a_gpu(tmp_path: Path) -> None:
         resolved(tmp_path, {**GOOD, "zero_optimization": zero})
 
 
+def test_hierarchical_partitioning_needs_equal_groups(tmp_path: Path) -> None:
+    document = {**GOOD, "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    for world_size in (1, 2, 3, 4, 8, 12):  # fewer than 4 are one group
+        resolved(tmp_path, document, world_size=world_size)
+    with pytest.raises(ConfigError, match="got 4 with a world of 6 ranks; allowed: 1, 2, 3 or 6"):
+        resolved(tmp_path, document, world_size=6)
+
+
 @pytest.mark.parametrize(
     ("global_batch", "world_size", "micro"), [(24, 2, 12), (96, 1, 32), (58, 2, 29), (74, 2, 1)]
 )

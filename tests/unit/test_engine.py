@@ -6,20 +6,27 @@ A failure here names what a new DeepSpeed release changed: mend or drop that wor
 import errno
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from stacking import engine_module, engine_teardown
+from stacking.config_loading import load_recipe
+from stacking.deepspeed_config import Accelerator, load_deepspeed_config, resolve
 from stacking.engine import TrainEngine
 from stacking.errors import ConfigError
 
 deepspeed = sys.modules["deepspeed"]
 parameter_offload = sys.modules["deepspeed.runtime.zero.parameter_offload"]
 partition_parameters = sys.modules["deepspeed.runtime.zero.partition_parameters"]
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_FILES = sorted((ROOT / "deepspeed_configs").glob("*.json"))
+GPU = Accelerator("cuda", supports_fp16=True, supports_bf16=True, fused_adam=True)
 coordinators = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
 
 
@@ -149,6 +156,28 @@ def test_zero3_still_overruns_odd_sizes_in_set_full_hp_param() -> None:
     module = sys.modules["deepspeed.runtime.zero.stage3"]
     text = source_of(module.DeepSpeedZeroOptimizer_Stage3.set_full_hp_param)
     assert "fp32_opt_state_partition.numel() * my_rank" in text, "drop optimizer_state._write_full"
+
+
+def test_the_group_of_hierarchical_partitioning_is_still_made_once_alone() -> None:
+    groups = sys.modules["deepspeed.utils.groups"]
+    assert hasattr(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP")
+    made = source_of(groups._create_zero_param_parallel_group)
+    assert "assert _ZERO_PARAM_INTRA_PARALLEL_GROUP is None" in made, "drop _sharing_group"
+    started = source_of(partition_parameters.Init.__init__)
+    assert "self.zero_param_process_group is None" in started
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: path.stem)
+def test_deepspeed_itself_takes_every_json_of_ours(path: Path) -> None:
+    recipe = load_recipe(ROOT / "launch" / "recipes" / "tiny_test.json")
+    resolved = resolve(
+        load_deepspeed_config(path), recipe, world_size=1, accelerator=GPU,
+        strict_precision=True, stage=0,
+    )  # fmt: skip
+    parsed = sys.modules["deepspeed.runtime.config"].DeepSpeedConfig(resolved.deepspeed)
+    zero = json.loads(path.read_text())["zero_optimization"]
+    assert parsed.zero_config.stage == zero["stage"]
+    assert parsed.zero_config.zero_hpz_partition_size == zero.get("zero_hpz_partition_size", 1)
 
 
 def test_apex_that_is_not_there_is_a_clear_error() -> None:
