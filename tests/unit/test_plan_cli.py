@@ -38,7 +38,7 @@ def test_a_plan_is_printed_100_wide_or_as_wide_as_the_terminal(columns: int | No
 def test_the_readmes_excerpt_is_what_the_command_prints() -> None:
     readme = (ROOT / "README.md").read_text()
     command, excerpt = re.findall(
-        r"```bash\n(python launch/plan.py .+)\n```\n+```\n(.+?)\n```", readme, re.S
+        r"```bash\n(python launch/plan.py .+?)\n```\n+```\n(.+?)\n```", readme, re.S
     )[0]
     done = run(*command.split()[2:], columns=100)
     printed = {line.rstrip() for line in done.stdout.splitlines()}
