@@ -103,7 +103,9 @@ def test_a_job_of_a_mistake_does_not_go_back_into_the_queue(slurm: Slurm, submit
 
 
 def test_the_readmes_line_makes_a_hostfile_of_an_allocation(slurm: Slurm, tmp_path: Path) -> None:
-    [line] = re.findall(r"`(scontrol show hostnames .+?)`", (ROOT / "README.md").read_text())
+    [line] = re.findall(
+        r"`(scontrol show hostnames .+?)`", (ROOT / "docs" / "cluster.md").read_text()
+    )
     slurm.run("salloc", "--nodes=2", "env", f"--chdir={tmp_path}", "bash", "-c", line)
     hostfile = read_hostfile(tmp_path / "hostfile")
     assert hostfile.slots == dict.fromkeys(NAMES, 8)
