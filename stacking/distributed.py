@@ -185,6 +185,11 @@ def local_world_size() -> int:
     return launchers.number(os.environ, launchers.LOCAL_SIZE, 1)
 
 
+def has_terminal_of_mpi() -> bool:
+    """Whether a terminal may be one that Open MPI gives its ranks, wherever their output goes."""
+    return "OMPI_COMM_WORLD_RANK" in os.environ
+
+
 def is_main() -> bool:
     """Whether this rank writes files and talks to the user."""
     return rank() == 0

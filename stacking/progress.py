@@ -25,7 +25,8 @@ class ProgressReporter:
         self._total_steps = total_steps
         self._num_stages = num_stages
         self._console = _Console(file=sys.stdout, highlight=False, quiet=not distributed.is_main())
-        self._is_live = self._console.is_terminal and distributed.is_main()
+        is_terminal = self._console.is_terminal and not distributed.has_terminal_of_mpi()
+        self._is_live = is_terminal and distributed.is_main()
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),

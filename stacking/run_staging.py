@@ -67,14 +67,25 @@ class DataPlace:
     def _link(self) -> None:
         if self._stage_dir is None:
             return
-        if not self._stage_dir.is_dir():
+        if fault := self._folder_fault(self._stage_dir):
             raise UserError(
-                f"--stage-data {self._stage_dir}: no such folder; make it on every node, on a disk "
+                f"--stage-data {self._stage_dir}: {fault}; make a folder on every node, on a disk "
                 "of its own, or give another"
             )
         self._copies = NodeCopies(self._data_dir, self._stage_dir)
         if _is_its_nodes():
             self._copies.link()
+
+    def _folder_fault(self, stage_dir: Path) -> str:
+        if stage_dir == Path():
+            return "names no folder"
+        if not stage_dir.exists():
+            return "no such folder"
+        if not stage_dir.is_dir():
+            return "is not a folder"
+        if stage_dir.resolve().is_relative_to(self._data_dir.resolve()):
+            return f"lies in --data {self._data_dir}, which is to be copied"
+        return ""
 
     def fill(self, names: Callable[[], set[str]], session: Session) -> bool:
         """Copy the shards of `names()` to each node; False if a rank wants to stop. Collective.

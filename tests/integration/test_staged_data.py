@@ -91,14 +91,28 @@ def test_a_run_that_was_begun_from_the_shared_folder_goes_on_from_copies(
     assert STOPS_AT + 1 in after
 
 
-def test_a_folder_that_is_missing_is_one_message(
-    warm_jobs: WarmJobs, small_shards: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ("nowhere", "no such folder; make a folder on every node"),
+        ("a_file", "is not a folder; make a folder on every node"),
+        ("data/inside", "lies in --data .*, which is to be copied"),
+        ("", "names no folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_one_is_one_message(
+    warm_jobs: WarmJobs, small_shards: Path, tmp_path: Path, given: str, fault: str
 ) -> None:
-    job = start(warm_jobs, small_shards, tmp_path, "--stage-data", tmp_path / "nowhere")
+    (tmp_path / "a_file").touch()
+    (tmp_path / "data" / "inside").mkdir(parents=True)
+    for shard in small_shards.iterdir():
+        (tmp_path / "data" / shard.name).symlink_to(shard)
+    folder = tmp_path / given if given else ""
+    job = start(warm_jobs, tmp_path / "data", tmp_path, "--stage-data", folder)
     assert job.wait(60) == [2, 2], job.output() + job.errors()
     said = job.errors()
     assert said.count("error: ") == 1
-    assert f"--stage-data {tmp_path / 'nowhere'}: no such folder; make it on every node" in said
+    assert re.search(rf"--stage-data {re.escape(str(folder or Path()))}: {fault}", said), said
 
 
 def test_a_damaged_shard_is_one_message(warm_jobs: WarmJobs, shared: Path, tmp_path: Path) -> None:

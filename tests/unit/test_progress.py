@@ -31,3 +31,25 @@ def test_a_reader_who_has_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     with ProgressReporter(total_steps=50, num_stages=3) as progress:
         progress.say("one")
         progress.say("two")
+
+
+class Terminal(io.StringIO):
+    """Somebody looks, or Open MPI says so."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_mpis", [False, True])
+def test_a_terminal_of_open_mpi_gets_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, is_mpis: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    if is_mpis:
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    with ProgressReporter(total_steps=50, num_stages=3) as progress:
+        progress.step(20, 1, 4, "loss 6.123", 125.9)
+    assert ("\x1b[" in terminal.getvalue()) is not is_mpis
+    assert ("left 2:05" in terminal.getvalue().splitlines()[-1]) or not is_mpis
