@@ -116,8 +116,9 @@ def test_what_stages_and_knobs_send_between_two_hosts_is_what_the_formula_says()
             if name.startswith(f"{index + 1}: ") and "all" not in name
         ]  # fmt: skip
         trained = trained_parameters(recipe.stage_model(index), stage.freeze)
-        # Two ranks: half of three passes over 16 bits; small sums and headers on top.
-        assert 3 * trained < sent < 3 * trained + 5000
+        # Two ranks: half of three passes over 16 bits; on top small sums, headers, and on a busy
+        # machine what TCP sends again. The whole model would be 60,000 bytes.
+        assert 3 * trained < sent < 3 * trained + 12_000
     one = costs["ZeRO 1"]["bytes"]
     # Passes over 16 bits in four micro steps, instead of 3: 9, 5, and of ZeRO 3 4 for weights and
     # 8 for gradients, as gloo's reduce-scatter sends what its all-reduce does.

@@ -20,9 +20,9 @@ from warm_jobs import Job, WarmJobs
 
 LIMIT = 120.0  # seconds a job may take to reach what is aimed at
 SURVIVOR_SECONDS = 30.0  # in which the ranks that are left must end
-WHOLE_LIFE = ("start", "step", "save", "any", "switch", "switch", "start", "step", "save",
-              "any", "switch", "step", "save", "end")  # fmt: skip
-"""What is aimed at in one run, in this order."""
+WHOLE_LIFE = ("start", "step", "save", "switch", "switch", "start", "step", "save", "any",
+              "switch", "step", "save", "any", "end")  # fmt: skip
+"""What is aimed at in one run, in this order; "any" may leap to the run's end."""
 PHASES = {"start-up", "training", "save", "switch", "end"}
 """What a job may be found doing when it is killed."""
 
