@@ -39,7 +39,7 @@ from stacking.doctor_hosts import (
     ask_hosts,
     can_ssh_plainly,
 )
-from stacking.doctor_network import loopback_findings, port_findings
+from stacking.doctor_network import interface_findings, loopback_findings, port_findings
 from stacking.doctor_recipe import Plan, batch_findings, read_plan
 from stacking.doctor_storage import disk_findings, nonce_in, shared_findings
 from stacking.doctor_variables import (
@@ -214,7 +214,10 @@ def _host_findings(case: _Case) -> list[Finding]:
     if request.run_dir is not None:
         found += shared_findings(request.run_dir, *case.nonce, reached)
     found += port_findings(case.answers, request.master_port, request.master_addr)
-    sent = {**forwarded(case.environment, _own_kind(case)), **case.files.values}
+    sent = case.environment
+    if case.num_hosts > 1:
+        sent = {**forwarded(sent, _own_kind(case)), **case.files.values}
+    found += interface_findings(reached, case.kind, sent)
     found += loopback_findings(reached, case.kind, sent)
     return found + device_findings(reached, case.slots, case.kind)
 
