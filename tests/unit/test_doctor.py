@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.launcher import runner
 
 from stacking.doctor import Examination, Request, examine
 from stacking.doctor_findings import Finding
@@ -229,3 +230,26 @@ def test_without_a_hostfile_this_machine_is_examined_alone(
     assert [finding["check"] for finding in fails] == ["master-port"]
     assert (code, values["hosts"], values["world_size"]) == (2, [], 2)
     assert "other hosts" in values["left_out"][0]
+
+
+@pytest.mark.parametrize("spelling", ["-", "_"])
+def test_the_launchers_own_spellings_are_taken(
+    spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["-H", "f", "--num_gpus", "2", "--ssh_port", "22", "--master_addr", "a",
+             "--master_port", "65535"]  # fmt: skip
+    runner.parse_args([*words, "train.py"])
+    spelt = [word.replace("_", spelling) for word in words]
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *spelt])
+    given = runpy.run_path(str(ROOT / "launch/doctor.py"))["parse_arguments"]()
+    assert (given.hostfile, given.num_gpus, given.ssh_port) == (Path("f"), 2, 22)
+    assert (given.master_addr, given.master_port) == ("a", 65535)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "9" * 5000])
+def test_a_port_out_of_range_says_what_is_allowed(
+    port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        doctor(f"--master_port={port}", capsys=capsys, patch=monkeypatch)
+    assert f"{port!r} is not a number from 1 to 65535" in capsys.readouterr().err
