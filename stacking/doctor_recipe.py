@@ -14,7 +14,7 @@ from stacking.deepspeed_config import (
     place_monitors,
     resolve_stages,
 )
-from stacking.doctor_findings import Finding, config_fails, listed, ok, warn
+from stacking.doctor_findings import Finding, config_fails, counted, listed, ok, warn
 from stacking.errors import ConfigError
 from stacking.growth.legality import recipe_faults
 
@@ -50,9 +50,9 @@ def read_plan(recipe: Path | None, overrides: Sequence[str], engine: Path | None
     except ConfigError as error:
         plan.findings += config_fails("recipe", error, "see launch/recipes/README.md")
         return plan
-    stages = len(plan.recipe.stages)
-    plan.findings.append(ok("recipe", f"{plan.recipe.name}: {stages} stage"
-                            f"{'s' if stages > 1 else ''}, its growth is possible"))  # fmt: skip
+    stages = counted(len(plan.recipe.stages), "stage")
+    text = f"{plan.recipe.name}: {stages}, its growth is possible"
+    plan.findings.append(ok("recipe", text))
     return plan
 
 
@@ -73,7 +73,7 @@ def batch_findings(
         return config_fails("batch", error, "see deepspeed_configs/README.md")
     batches = dict.fromkeys(
         f"{engine.micro_batch_size} x accumulation {engine.gradient_accumulation_steps} x "
-        f"{world_size} ranks = {plan.recipe.global_batch_size}"
+        f"{counted(world_size, 'rank')} = {plan.recipe.global_batch_size}"
         for engine in engines
     )
     return [ok("batch", f"micro batch {listed(batches)}"), *_notices(engines, accelerator)]

@@ -87,7 +87,7 @@ def test_like_hosts_are_one_line() -> None:
     ("change", "status", "word"),
     [
         ({"gpus": []}, "fail", "torch sees no GPU, other hosts have some: nvidia-smi shows 2"),
-        ({"gpus": ["H100"]}, "fail", "2 ranks are asked for, torch sees 1 GPUs"),
+        ({"gpus": ["H100"]}, "fail", "2 ranks are asked for, torch sees 1 GPU"),
         ({"nccl": "2.20.5"}, "fail", "NCCL 2.20.5, most hosts have 2.28.9"),
         ({"smi": [["H100", "550.9", "4", "81559"]]}, "warn", "driver 550.9"),
         ({"gpus": ["A100", "A100"]}, "warn", "GPUs A100"),
