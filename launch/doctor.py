@@ -53,7 +53,8 @@ def parse_arguments() -> argparse.Namespace:
         prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--hostfile", type=Path, metavar="FILE", help="lines HOST slots=N, as for the launcher")
+    add("--hostfile", "-H", type=Path, metavar="FILE",
+        help="lines HOST slots=N, as for the launcher")  # fmt: skip
     add("--recipe", type=Path, metavar="R.json", help="what would be trained")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="change one recipe value; repeatable")  # fmt: skip
@@ -63,18 +64,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--run-dir", type=Path, metavar="DIR", help="where the run would be written")
     add("--json", action="store_true", help="print all as one JSON line")
     launcher = parser.add_argument_group("as they would be given to the launcher").add_argument
-    launcher("--num-gpus", type=positive, metavar="N", help="ranks on each host")
-    launcher("--ssh-port", type=positive, metavar="N", help="(default: the ssh config's)")
-    launcher("--master-addr", default="", metavar="IP", help="(default: the first host's first)")
-    launcher("--master-port", type=positive, default=DEFAULT_PORT, metavar="N",
+    launcher("--num-gpus", "--num_gpus", "--num_accelerators", type=number, metavar="N",
+             help="ranks on each host")  # fmt: skip
+    launcher("--ssh-port", "--ssh_port", type=number, metavar="N",
+             help="(default: the ssh config's)")  # fmt: skip
+    launcher("--master-addr", "--master_addr", default="", metavar="IP",
+             help="(default: the first host's first)")  # fmt: skip
+    launcher("--master-port", "--master_port", type=number, default=DEFAULT_PORT, metavar="N",
              help="(default: %(default)s)")  # fmt: skip
     return parser.parse_args()
 
 
-def positive(text: str) -> int:
-    """A number of 1 to 65535; ValueError otherwise."""
-    if not 1 <= int(text) <= 65535:
-        raise ValueError(text)
+def number(text: str) -> int:
+    """A port, or as many ranks; ArgumentTypeError otherwise."""
+    if not (text.isdecimal() and len(text) <= 5 and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
     return int(text)
 
 

@@ -39,8 +39,8 @@ from stacking.doctor_hosts import (
     ask_hosts,
     can_ssh_plainly,
 )
-from stacking.doctor_network import loopback_findings, port_findings
-from stacking.doctor_recipe import Plan, batch_findings, read_plan
+from stacking.doctor_network import interface_findings, loopback_findings, port_findings
+from stacking.doctor_recipe import Plan, batch_findings, fit_findings, read_plan
 from stacking.doctor_storage import disk_findings, nonce_in, shared_findings
 from stacking.doctor_variables import (
     FILE_NAME,
@@ -214,7 +214,10 @@ def _host_findings(case: _Case) -> list[Finding]:
     if request.run_dir is not None:
         found += shared_findings(request.run_dir, *case.nonce, reached)
     found += port_findings(case.answers, request.master_port, request.master_addr)
-    sent = {**forwarded(case.environment, _own_kind(case)), **case.files.values}
+    sent = case.environment
+    if case.num_hosts > 1:
+        sent = {**forwarded(sent, _own_kind(case)), **case.files.values}
+    found += interface_findings(reached, case.kind, sent)
     found += loopback_findings(reached, case.kind, sent)
     return found + device_findings(reached, case.slots, case.kind)
 
@@ -259,10 +262,18 @@ def _plan_findings(case: _Case) -> list[Finding]:
         found += batch_findings(case.plan, world_size, accelerator, run_dir)
     if case.plan.engine is not None:
         found += compiler_findings(case.facts, case.plan.engine.settings, case.kind)
+    if recipe is not None and case.request.data is not None and _has_data(case):
+        found += fit_findings(recipe, case.request.data)
     first = next(iter(case.facts.items()), None)
     if recipe is not None and run_dir is not None and first and first[1].run_dir:
         found += disk_findings(run_dir, recipe, first[0], first[1].run_dir)
     return found
+
+
+def _has_data(case: _Case) -> bool:
+    """Whether this machine has the data, and has told so in time: its disk does not hang."""
+    data = case.here.facts.data
+    return data is not None and data.is_folder and not data.missing
 
 
 def _left_out(case: _Case) -> list[str]:
@@ -281,6 +292,8 @@ def _left_out(case: _Case) -> list[str]:
         lines.append("batch, precision and growth: give --recipe")
     if request.data is None:
         lines.append("data: give --data")
+    elif case.plan.recipe and not _has_data(case):
+        lines.append("whether the data fit the recipe: this machine does not have all of them")
     if request.run_dir is None:
         lines.append("run folder: give --run-dir")
     elif case.plan.recipe is None:

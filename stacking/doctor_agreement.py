@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from stacking.doctor_findings import Finding, fail, listed, ok, warn
+from stacking.doctor_findings import Finding, counted, fail, listed, ok, warn
 from stacking.doctor_hosts import Answer, Data, Facts
 
 PACKAGES = ("torch", "deepspeed", "numpy", "h5py", "safetensors", "pydantic", "tokenizers",
@@ -112,7 +112,7 @@ def code_findings(here: Facts, hosts: Mapping[str, Facts]) -> list[Finding]:
             found.append(fail("code", text, fix, host))
         elif extra:
             found.append(warn("code", f"has files that are not here: {listed(extra)}", fix, host))
-    return found or [ok("code", f"{len(here.code)} Python files{_alike(hosts)}")]
+    return found or [ok("code", f"{counted(len(here.code), 'Python file')}{_alike(hosts)}")]
 
 
 def package_findings(here: Facts, hosts: Mapping[str, Facts]) -> list[Finding]:
@@ -186,4 +186,4 @@ def _alike(hosts: Mapping[str, object]) -> str:
     """Who has been compared."""
     if not any(hosts):
         return ""  # this machine alone
-    return f", the same on {len(hosts)} host{'s' if len(hosts) > 1 else ''}"
+    return f", the same on {counted(len(hosts), 'host')}"

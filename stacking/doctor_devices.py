@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from stacking.deepspeed_config import Accelerator
 from stacking.deepspeed_schema import EngineSettings
-from stacking.doctor_findings import Finding, fail, listed, ok, warn
+from stacking.doctor_findings import Finding, counted, fail, listed, ok, warn
 from stacking.doctor_hosts import Devices, Facts
 
 _MOST_USED_MIB = 2048  # of a GPU's memory by others
@@ -46,7 +46,8 @@ def _slot_findings(
     if kind == "cpu":
         cores = facts.machine.cores if facts.machine else slots
         if slots > cores:
-            return [warn("devices", f"{slots} ranks on {cores} cores", "give it fewer slots", host)]
+            return [warn("devices", f"{counted(slots, 'rank')} on {counted(cores, 'core')}",
+                         "give it fewer slots", host)]  # fmt: skip
         return []
     if not count:
         seen = f"nvidia-smi shows {len(devices.smi)}" if devices.smi else "there is no GPU"
@@ -54,7 +55,7 @@ def _slot_findings(
         return [fail("devices", f"torch sees no GPU, other hosts have some: {seen}, {hint}",
                      "mend driver or torch there, or take the host away", host)]  # fmt: skip
     if slots > count:
-        return [fail("devices", f"{slots} ranks are asked for, torch sees {count} GPUs",
+        return [fail("devices", f"{slots} ranks are asked for, torch sees {counted(count, 'GPU')}",
                      f"slots={count} in the hostfile, or --num_gpus {count}", host)]  # fmt: skip
     return []
 

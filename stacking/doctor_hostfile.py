@@ -5,18 +5,24 @@ blank lines and those that begin with # are left out. It stops at the first othe
 that comes twice, and where no host is left.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.plain_files import read_plain
-from stacking.doctor_findings import Finding, fail, ok, warn
+from stacking.doctor_findings import Finding, counted, fail, ok, warn
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")  # the launcher's
 _ENTRY = re.compile(r"^(\S+)\s+slots=(\d+)")  # the launcher's
 _NAME = re.compile(r"([\w.+-]+@)?[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
+_NAME_FIX = (
+    "write a host name, an IPv4 address or an alias of the ssh config, where a port goes, too "
+    "(or --ssh_port)"
+)
 _FORM = "one line a host: HOST slots=N"
+_BYTE_ORDER_MARK = "\ufeff"
 _LONGEST = 60  # characters of a line that a message repeats
 _MOST_SLOTS = 1024  # of a host; beyond it a number is a typing error
 
@@ -32,7 +38,7 @@ class Hostfile:
     @property
     def findings(self) -> list[Finding]:
         """All faults, or that there are none."""
-        faults = self.refused + self.doubts
+        faults = sorted(self.refused + self.doubts, key=_line_of)
         if any(finding.status == "fail" for finding in faults):
             return faults
         return [ok("hostfile", _summary(self.slots)), *faults]
@@ -51,10 +57,20 @@ def read_hostfile(path: Path) -> Hostfile:
     return parse_hostfile(text)
 
 
+def _line_of(finding: Finding) -> float:
+    """The line that a fault is about; those about the whole file come last."""
+    match = re.match(r"line (\d+): ", finding.found)
+    return int(match[1]) if match else math.inf
+
+
 def parse_hostfile(text: str) -> Hostfile:
     """All hosts that can be read, and every fault with the number of its line."""
-    result, lines = Hostfile(), text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    seen: dict[str, int] = {}
+    result, seen = Hostfile(), dict[str, int]()
+    if text.startswith(_BYTE_ORDER_MARK):
+        found = "line 1: begins with a byte-order mark, which is read as part of the name"
+        result.doubts.append(fail("hostfile", found, "save the file as UTF-8 without it"))
+    text = text.removeprefix(_BYTE_ORDER_MARK)
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for number, line in enumerate((raw.strip() for raw in lines), 1):
         if not line or line.startswith("#"):
             continue
@@ -91,8 +107,13 @@ def _number(digits: str) -> int | None:
 def _entry_for(line: str) -> str:
     """What the author may have meant."""
     host = re.match(r"[\w.@-]+", line)
-    count = re.search(r"(?<![\w.-])(\d+)\b", line[host.end() :]) if host else None
-    if host is None or count is None:
+    if host is None:
+        return _FORM
+    rest = re.sub(r"max_slots\s*=\s*\d+", "", line[host.end() :])
+    if re.match(r"\s*,\s*[A-Za-z]", rest):
+        return _FORM  # names side by side
+    count = re.search(r"\bslots\s*=\s*(\d+)", rest) or re.search(r"(?<![\w.-])(\d+)\b", rest)
+    if count is None:
         return _FORM
     return f"{host[0]} slots={count[1]}"
 
@@ -108,8 +129,8 @@ def _doubts(place: str, host: str, slots: int, rest: str) -> list[Finding]:
     if not _NAME.fullmatch(host):
         found.append(
             fail("hostfile", f"{place}{host!r} is no name for ssh and pdsh, which read , : [ ] "
-                 "in another way", "write a host name, an IPv4 address or an alias of the ssh "
-                 "config, where a port goes, too (or --ssh_port)", ascii(host))
+                 "in another way", "a line each: HOST slots=N" if "," in host else _NAME_FIX,
+                 ascii(host))
         )  # fmt: skip
     if rest and not rest[0].isspace():
         found.append(
@@ -153,5 +174,4 @@ def usable_names(slots: Mapping[str, int]) -> list[str]:
 
 
 def _summary(slots: Mapping[str, int]) -> str:
-    hosts = f"{len(slots)} host{'s' if len(slots) > 1 else ''}"
-    return f"{hosts}, {sum(slots.values())} slots"
+    return f"{counted(len(slots), 'host')}, {counted(sum(slots.values()), 'slot')}"

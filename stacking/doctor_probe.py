@@ -91,7 +91,7 @@ def machine(folder: str, port: int, until_the_end: contextlib.ExitStack) -> dict
         "boot": text_of("/proc/sys/kernel/random/boot_id"),
         "is_in_folder": os.path.isdir(folder) and os.path.samefile(folder, os.getcwd()),
         "python": platform.python_version(),
-        "interfaces": [name for _, name in socket.if_nameindex() if name != "lo"],
+        "interfaces": [name for _, name in socket.if_nameindex()],
         "cores": os.cpu_count() or 1,
         "port_fault": fault,
     }

@@ -1,4 +1,4 @@
-"""What would run: the recipe and the DeepSpeed JSON, on the ranks that there are."""
+"""What would run: the recipe and the DeepSpeed JSON, on the ranks and the data that there are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +14,10 @@ from stacking.deepspeed_config import (
     place_monitors,
     resolve_stages,
 )
-from stacking.doctor_findings import Finding, config_fails, listed, ok, warn
-from stacking.errors import ConfigError
+from stacking.doctor_findings import Finding, config_fails, counted, fail, listed, ok, warn
+from stacking.errors import ConfigError, ShardError
 from stacking.growth.legality import recipe_faults
+from stacking.run_data import RunData
 
 _CPU_FIX = "name a JSON for CPUs: --deepspeed_config deepspeed_configs/cpu_bf16.json"
 _NOTICE_FIX = "nothing, or say so in the DeepSpeed JSON (deepspeed_configs/README.md)"
@@ -50,10 +51,20 @@ def read_plan(recipe: Path | None, overrides: Sequence[str], engine: Path | None
     except ConfigError as error:
         plan.findings += config_fails("recipe", error, "see launch/recipes/README.md")
         return plan
-    stages = len(plan.recipe.stages)
-    plan.findings.append(ok("recipe", f"{plan.recipe.name}: {stages} stage"
-                            f"{'s' if stages > 1 else ''}, its growth is possible"))  # fmt: skip
+    stages = counted(len(plan.recipe.stages), "stage")
+    text = f"{plan.recipe.name}: {stages}, its growth is possible"
+    plan.findings.append(ok("recipe", text))
     return plan
+
+
+def fit_findings(recipe: Recipe, folder: Path) -> list[Finding]:
+    """Whether the data that are here are such as the recipe wants, in the words of a run."""
+    try:
+        RunData(recipe, folder)
+    except (ShardError, OSError) as error:
+        return [fail("data", str(error), "mend the recipe, or prepare data for it "
+                     "(launch/prepare_data.py)")]  # fmt: skip
+    return [ok("data", f"{folder}: fits the recipe")]
 
 
 def batch_findings(
@@ -73,7 +84,7 @@ def batch_findings(
         return config_fails("batch", error, "see deepspeed_configs/README.md")
     batches = dict.fromkeys(
         f"{engine.micro_batch_size} x accumulation {engine.gradient_accumulation_steps} x "
-        f"{world_size} ranks = {plan.recipe.global_batch_size}"
+        f"{counted(world_size, 'rank')} = {plan.recipe.global_batch_size}"
         for engine in engines
     )
     return [ok("batch", f"micro batch {listed(batches)}"), *_notices(engines, accelerator)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from stacking.branches import branch_runs
 from stacking.config import Recipe
 from stacking.cost import checkpoint_bytes
-from stacking.doctor_findings import Finding, fail, ok, warn
+from stacking.doctor_findings import Finding, counted, fail, ok, warn
 from stacking.doctor_hosts import Facts, RunDir
 from stacking.schedule import stage_start
 
@@ -63,7 +63,7 @@ def shared_findings(
     if found or not told:
         return found
     if len(hosts) > 1:
-        return [ok("run-dir", f"{run_dir}: shared by {len(told)} hosts")]
+        return [ok("run-dir", f"{run_dir}: shared by {counted(len(told), 'host')}")]
     return [ok("run-dir", f"{run_dir}: can be written")]
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from stacking.config_loading import JsonObject
 from stacking.doctor import Examination
-from stacking.doctor_findings import Finding
+from stacking.doctor_findings import Finding, counted
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -38,11 +38,11 @@ def _text(finding: Finding) -> str:
 
 def _sum(seen: Examination) -> str:
     fails, warnings = seen.count("fail"), seen.count("warn")
-    where = f"{len(seen.hosts)} hosts" if seen.hosts else "this machine"
+    where = counted(len(seen.hosts), "host") if seen.hosts else "this machine"
     verdict = f"{fails} to mend before the job is started" if fails else "nothing stands in the way"
     return (
-        f"{where}, {seen.world_size} ranks: {verdict}; {warnings} warning"
-        f"{'' if warnings == 1 else 's'} ({seen.seconds:.1f} s)"
+        f"{where}, {counted(seen.world_size, 'rank')}: {verdict}; {counted(warnings, 'warning')} "
+        f"({seen.seconds:.1f} s)"
     )
 
 

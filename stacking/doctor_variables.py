@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.plain_files import read_plain
-from stacking.doctor_findings import Finding, fail, listed, ok, warn
+from stacking.doctor_findings import Finding, counted, fail, listed, ok, warn
 
 EXPORT_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX")  # the launcher's EXPORT_ENVS
 ACCELERATOR_PREFIXES = {"cuda": ("NCCL",), "cpu": ()}  # of its accelerators' export_envs()
@@ -105,7 +105,7 @@ def env_file_findings(files: EnvFile, name: str, *, kind: str, num_hosts: int) -
     if files.faults:
         return files.faults
     where = listed(str(path) for path in files.names)
-    return [ok("env-file", f"{where}: {len(files.values)} variables")]
+    return [ok("env-file", f"{where}: {counted(len(files.values), 'variable')}")]
 
 
 def _prefixes(kind: str) -> tuple[str, ...]:

@@ -10,11 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
+from deepspeed.launcher import runner
 
+from data_prep.shard_format import Manifest, ShardEntry, file_sha256, write_manifest
+from stacking.config_loading import load_recipe
 from stacking.doctor import Examination, Request, examine
 from stacking.doctor_findings import Finding
 from stacking.doctor_hosts import Limits, Settings, Ssh, ask_hosts
+from stacking.errors import ShardError
+from stacking.run_data import RunData
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch/recipes/demo.json"
@@ -44,13 +51,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def make_data(folder: Path) -> None:
+    """One shard a split, such as the demo recipe wants."""
+    shards = {}
+    for split in ("training", "validation"):
+        path = folder / f"{split}_00000.hdf5"
+        with h5py.File(path, "w") as file:
+            file["input_ids"] = np.full((2, 128), 9, "u2")
+            file["segment_ids"] = np.zeros((2, 128), "i1")
+        shards[split] = (ShardEntry(path.name, 2, file_sha256(path)),)
+    manifest = Manifest(
+        format_version=1, dialect="unmasked", max_seq_length=128, max_predictions_per_seq=0,
+        vocab_size=8192, tokenizer_sha256="", has_next_sentence_labels=False, seed=1,
+        special_token_ids={"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}, num_documents={},
+        **shards,
+    )  # fmt: skip
+    write_manifest(folder, manifest)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder to work in, with hosts that a fake ssh reaches, data and a home of its own."""
     folder = tmp_path_factory.mktemp("doctor")
     for name in ("bin", "home", "plans", "data", "work"):
         (folder / name).mkdir()
-    (folder / "data/manifest.json").write_text('{"training": [], "validation": []}')
+    make_data(folder / "data")
     for host, changes in ASKED.items():
         machine = {"boot": host, "own_address": "10.0.0.1", **changes.get("machine", {})}
         plan = {"answers": {**changes, "machine": machine}}
@@ -229,3 +254,44 @@ def test_without_a_hostfile_this_machine_is_examined_alone(
     assert [finding["check"] for finding in fails] == ["master-port"]
     assert (code, values["hosts"], values["world_size"]) == (2, [], 2)
     assert "other hosts" in values["left_out"][0]
+
+
+def test_data_that_do_not_fit_the_recipe_are_told_in_a_runs_words(world: Path) -> None:
+    words = ["model.vocab_size=5000", "data.max_seq_length=64"]
+    recipe = load_recipe(RECIPE, words)
+    with pytest.raises(ShardError) as refused:
+        RunData(recipe, world / "data")
+    request = Request(None, RECIPE, tuple(words), data=world / "data", master_port=free_port())
+    seen = examine(request, PATIENT)
+    (found,) = [finding for finding in seen.findings if finding.status == "fail"]
+    assert (found.check, found.found) == ("data", str(refused.value))
+    assert "model.vocab_size is 5000" in found.found
+    assert "64" in found.found
+
+
+def test_what_is_not_here_is_not_compared_with_the_recipe(world: Path) -> None:
+    request = Request(None, RECIPE, data=world / "nowhere", master_port=free_port())
+    assert any("fit the recipe" in line for line in examine(request, PATIENT).left_out)
+
+
+@pytest.mark.parametrize("spelling", ["-", "_"])
+def test_the_launchers_own_spellings_are_taken(
+    spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["-H", "f", "--num_gpus", "2", "--ssh_port", "22", "--master_addr", "a",
+             "--master_port", "65535"]  # fmt: skip
+    runner.parse_args([*words, "train.py"])
+    spelt = [word.replace("_", spelling) for word in words]
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *spelt])
+    given = runpy.run_path(str(ROOT / "launch/doctor.py"))["parse_arguments"]()
+    assert (given.hostfile, given.num_gpus, given.ssh_port) == (Path("f"), 2, 22)
+    assert (given.master_addr, given.master_port) == ("a", 65535)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "x", "-1", "9" * 5000])
+def test_a_port_out_of_range_says_what_is_allowed(
+    port: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        doctor(f"--master_port={port}", capsys=capsys, patch=monkeypatch)
+    assert f"{port!r} is not a number from 1 to 65535" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Devices, compilers, network and disk, from answers made up: each fault has its place and fix."""
 
+import contextlib
 import importlib
 import json
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ from stacking.doctor_devices import (
 )
 from stacking.doctor_findings import Finding
 from stacking.doctor_hosts import Answer, Devices, Facts, Machine, RunDir
-from stacking.doctor_network import loopback_findings, port_findings
+from stacking.doctor_network import interface_findings, loopback_findings, port_findings
 from stacking.doctor_recipe import batch_findings, read_plan
 from stacking.doctor_storage import disk_findings, nonce_in, planned_bytes, shared_findings
 from stacking.modeling import BertForPreTraining
@@ -85,7 +87,7 @@ def test_like_hosts_are_one_line() -> None:
     ("change", "status", "word"),
     [
         ({"gpus": []}, "fail", "torch sees no GPU, other hosts have some: nvidia-smi shows 2"),
-        ({"gpus": ["H100"]}, "fail", "2 ranks are asked for, torch sees 1 GPUs"),
+        ({"gpus": ["H100"]}, "fail", "2 ranks are asked for, torch sees 1 GPU"),
         ({"nccl": "2.20.5"}, "fail", "NCCL 2.20.5, most hosts have 2.28.9"),
         ({"smi": [["H100", "550.9", "4", "81559"]]}, "warn", "driver 550.9"),
         ({"gpus": ["A100", "A100"]}, "warn", "GPUs A100"),
@@ -177,6 +179,42 @@ def test_a_loopback_name_stops_gloo_unless_an_interface_is_named() -> None:
     assert found.status == "warn"
     assert loopback_findings(told, "cpu", {"GLOO_SOCKET_IFNAME": "eth0"}) == []
     assert loopback_findings({"a": machine()}, "cpu", {}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "statuses"),
+    [
+        ("GLOO", "eth7", "cpu", ["fail", "fail"]),
+        ("GLOO", "eno1", "cpu", ["fail"]),
+        ("GLOO", "lo,eth0", "cpu", ["fail"]),
+        ("GLOO", "eth", "cuda", ["warn", "warn"]),
+        ("GLOO", "lo", "cpu", []),
+        ("GLOO", "", "cpu", []),
+        ("NCCL", "eth7", "cpu", []),
+        ("NCCL", "eth", "cuda", ["fail"]),
+        ("NCCL", "eth,eno", "cuda", []),
+        ("NCCL", "=eth", "cuda", ["fail", "fail"]),
+        ("NCCL", "=eth0", "cuda", ["fail"]),
+        ("NCCL", "^lo,eth", "cuda", ["fail"]),
+        ("NCCL", "^=eth", "cuda", []),
+        ("NCCL", "", "cuda", []),
+    ],
+)  # fmt: skip
+def test_a_host_without_the_named_interface_is_told(
+    name: str, value: str, kind: str, statuses: list[str]
+) -> None:
+    told = {"a": machine(interfaces=["lo", "eth0"]), "b": machine(interfaces=["lo", "eno1"])}
+    found = interface_findings(told, kind, {f"{name}_SOCKET_IFNAME": value})
+    assert [finding.status for finding in found] == statuses
+    for finding in found:
+        names = "lo, eth0" if finding.where == "a" else "lo, eno1"
+        assert finding.fix == f"name an interface of that host: {names} (see `ip address`)"
+
+
+def test_the_probe_tells_all_interfaces() -> None:
+    with contextlib.ExitStack() as until_the_end:
+        told = Machine.model_validate(doctor_probe.machine(".", 0, until_the_end))
+    assert told.interfaces == [name for _, name in socket.if_nameindex()]
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.99, "fail"), (1.05, "warn"), (1.2, "ok")])

@@ -61,13 +61,14 @@ def test_ten_faults_are_told_at_once_each_with_its_line_and_fix() -> None:
     found = parse_hostfile(TEN_FAULTS)
     fails = [finding for finding in found.findings if finding.status == "fail"]
     assert len(fails) == 10
-    lines = sorted(int(finding.found.split(":")[0].removeprefix("line ")) for finding in fails)
+    lines = [int(finding.found.split(":")[0].removeprefix("line ")) for finding in fails]
     assert lines == [3, 4, 5, 6, 7, 9, 10, 11, 12, 13]
     assert all(finding.fix for finding in fails)
     fixes = {finding.found.split(":")[0]: finding.fix for finding in fails}
     assert fixes["line 4"] == "write node3 slots=8"
     assert fixes["line 5"] == "write node4 slots=8"
     assert fixes["line 3"] == "write one line a host: HOST slots=N"
+    assert fixes["line 13"] == "a line each: HOST slots=N"
 
 
 @pytest.mark.parametrize("text", ["", "\n# nobody\n"])
@@ -104,3 +105,34 @@ def test_a_file_that_is_not_there_or_no_text_is_a_finding(tmp_path: Path) -> Non
         (finding,) = read_hostfile(tmp_path / name).findings
         assert finding.status == "fail"
         assert word in finding.found
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("node11 max_slots=4 slots=2", "write node11 slots=2"),
+        ("node11 max_slots=4", "write one line a host: HOST slots=N"),
+        ("node8, node9 slots=4", "write one line a host: HOST slots=N"),
+        ("node8,node9 slots=4", "a line each: HOST slots=N"),
+        ("node8, 4", "write node8 slots=4"),
+    ],
+)
+def test_the_fix_is_what_was_meant(line: str, fix: str) -> None:
+    found = parse_hostfile(f"{line}\nnode1 slots=1\n")
+    assert [finding.fix for finding in found.findings] == [fix]
+
+
+def test_a_byte_order_mark_is_told_once_and_left_out() -> None:
+    found = parse_hostfile("\ufeffnode1 slots=8\nnode2\n")
+    assert found.slots == {"node1": 8}
+    mark, other = found.findings
+    assert ("byte-order mark" in mark.found, mark.fix) == (
+        True,
+        "save the file as UTF-8 without it",
+    )
+    assert other.found.startswith("line 2: ")
+
+
+def test_one_of_a_kind_is_no_plural() -> None:
+    (found,) = parse_hostfile("node1 slots=1\n").findings
+    assert found.found == "1 host, 1 slot"
