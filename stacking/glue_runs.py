@@ -13,7 +13,7 @@ from stacking.errors import ConfigError
 from stacking.fine_tuning import Setting
 from stacking.fine_tuning_jobs import FLAG_OF, Asked, Start
 from stacking.glue_data import GlueError, find_file, missing_files, read_glue
-from stacking.glue_metrics import select, task_score
+from stacking.glue_metrics import score_rows, select, task_score
 from stacking.glue_predictions import constant_predictions, write_submission
 from stacking.glue_tasks import BY_NAME, SPLITS, GlueRecipe, GlueTask, GridPoint, grid
 from stacking.glue_training import GlueJob, GlueResult, read_result, run_job
@@ -69,6 +69,9 @@ class GlueOutcome:
     """Of a grid: the setting of each task."""
     skipped: dict[str, str]
     """Tasks by name that were not trained, each with the reason."""
+    constants: dict[str, float]
+    """Of these the ones with one answer for every row: the number that it has on dev, in per cent.
+    """
 
     def scores(self, task: str) -> list[float]:
         """The task's one number of each seed, in per cent."""
@@ -91,8 +94,7 @@ def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
             job = request.job(task, seed, request.out / f"seed_{seed}")
             jobs.append(_at(job, chosen[task.name]) if chosen else job)
     results = _run(jobs, request.asked.processes, tell)
-    _write_constants(request)
-    return GlueOutcome(tuple(results), chosen, skipped)
+    return GlueOutcome(tuple(results), chosen, skipped, _constants(request))
 
 
 def _search(request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell) -> dict[str, GridPoint]:
@@ -147,8 +149,9 @@ def _reason(glue: Path, task: GlueTask) -> str:
     return f"{told} {deed} missing" if lacking else ""
 
 
-def _write_constants(request: GlueRequest) -> None:
-    """Predictions of the tasks that nobody trains, beside the others."""
+def _constants(request: GlueRequest) -> dict[str, float]:
+    """Write the predictions of tasks that nobody trains beside the others; their dev scores."""
+    scores: dict[str, float] = {}
     constant = [task for task in request.tasks if task.constant is not None]
     for task, split in product(constant, SPLITS[1:]):
         if find_file(request.glue, task, split) is not None:
@@ -156,3 +159,6 @@ def _write_constants(request: GlueRequest) -> None:
             said = constant_predictions(task, len(part.examples))
             for seed in request.asked.seeds:
                 write_submission(request.out / f"seed_{seed}" / split, task, part.examples, said)
+            if split == "dev":
+                scores[task.name] = task_score(task, score_rows(part, said))
+    return scores

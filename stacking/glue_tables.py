@@ -1,6 +1,6 @@
 """GLUE's scores as people read them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from stacking.glue_metrics import GlueAverage
 from stacking.glue_scores import FolderScores
@@ -15,10 +15,13 @@ def score_lines(found: FolderScores) -> Iterator[str]:
     yield from average_lines(found.average)
 
 
-def skipped_lines(skipped: dict[str, str]) -> Iterator[str]:
-    """Why a task has no score."""
+def skipped_lines(
+    skipped: Mapping[str, str], constants: Mapping[str, float] | None = None
+) -> Iterator[str]:
+    """Why a task has no score, or only that of a constant answer."""
     for name, reason in skipped.items():
-        yield f"{name:<8}      -   {reason}"
+        score = (constants or {}).get(name)
+        yield f"{name:<8} {'-' if score is None else f'{score:.2f}':>6}   {reason}"
 
 
 def average_lines(average: GlueAverage) -> Iterator[str]:

@@ -19,7 +19,7 @@ from stacking.fine_tuning_jobs import Start, naming, read_finished, teller, writ
 from stacking.fine_tuning_models import BertForSequenceClassification
 from stacking.glue_data import GlueSet, find_file, read_glue
 from stacking.glue_features import GlueFeatures, glue_features, symmetric_swaps
-from stacking.glue_metrics import Scores, score_submission
+from stacking.glue_metrics import Scores, score_rows
 from stacking.glue_predictions import Doubles, predict, write_submission
 from stacking.glue_tasks import BY_NAME, SPLITS
 from stacking.pretrained import Pretrained
@@ -93,8 +93,7 @@ def run_job(job: GlueJob) -> GlueResult:
         said = _predict(job, tuner, dev, start)
         for test in tests:
             _predict(job, tuner, test, start)
-    by_index = {one.index: value for one, value in zip(dev.examples, said.tolist(), strict=True)}
-    result = GlueResult(job, score_submission(dev, by_index), time.monotonic() - began)
+    result = GlueResult(job, score_rows(dev, said), time.monotonic() - began)
     write_result(
         job.result, start, tuner, scores=result.scores, seconds=result.seconds,
         conditions=conditions, notes=[*train.notes(), *dev.notes()],

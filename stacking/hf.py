@@ -386,11 +386,16 @@ def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) ->
         heads -= {name for name in missing if name.endswith("decoder.weight")}
     if missing - heads - ignored:
         raise CheckpointError(f"{folder} lacks {', '.join(sorted(missing - heads - ignored))}")
+    # With a seed of ours: transformers draws others in each process, and the model would not be
+    # the same when fine-tuning goes on.
+    fresh = BertForPreTraining(model.config)
+    init_weights(fresh, torch.Generator().manual_seed(0))
     if any("predictions" in name or "lm_head" in name for name in heads):
-        fresh = BertForPreTraining(model.config)
-        init_weights(fresh, torch.Generator().manual_seed(0))
         model.mlm_head.load_state_dict(fresh.mlm_head.state_dict())
         logger.warning("%s has no MLM head: it starts at BERT's initialisation, untrained", folder)
+    if any("seq_relationship" in name for name in heads) and model.nsp_head is not None:
+        assert fresh.nsp_head is not None
+        model.nsp_head.classifier.load_state_dict(fresh.nsp_head.classifier.state_dict())
 
 
 def random_ids(config: BertConfig, longest: int = 64) -> Tensor:

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stacking.glue_metrics import (
+    Difference,
     MissingPackageError,
+    difference,
     glue_average,
     over_seeds,
     select,
@@ -109,6 +111,22 @@ def test_a_shift_of_all_scores_shifts_the_mean_only(scores: list[float], shift: 
     one, other = over_seeds(scores), over_seeds([score + shift for score in scores])
     assert other.mean == pytest.approx(one.mean + shift, abs=1e-9)
     assert other.half_width == pytest.approx(one.half_width, abs=1e-6)
+
+
+def test_a_difference_has_welchs_interval() -> None:
+    found = difference([80.0, 82.0, 84.0], [70.0, 71.0, 72.0])
+    # Variances of the means 4/3 and 1/3: 25/9 over (16/9 + 1/9) / 2 are 50/17 degrees of freedom.
+    assert found.mean == pytest.approx(11.0)
+    assert found.half_width == pytest.approx(3.218759 * math.sqrt(5 / 3), rel=1e-6)
+    assert found.is_sure
+    # One side without spread: the other's own interval.
+    constant = difference([80.0, 82.0, 84.0], [70.0] * 3)
+    assert constant.half_width == pytest.approx(4.302653 * 2 / math.sqrt(3), rel=1e-6)
+    assert not difference([80.0, 82.0, 84.0], [79.0, 80.0, 81.0]).is_sure
+    assert difference([70.0, 71.0], [80.0, 82.0]).mean == pytest.approx(-10.5)
+    assert difference([80.0, 80.0], [80.0, 80.0]) == Difference(0.0, 0.0)
+    assert difference([80.0], [70.0, 71.0]) == Difference(9.5, None)
+    assert not difference([80.0], [70.0, 71.0]).is_sure
 
 
 def test_the_best_setting_on_dev_is_selected_and_the_first_of_equal_ones() -> None:

@@ -19,6 +19,7 @@ from stacking.fine_tuning_jobs import Asked, Start
 from stacking.glue_data import GlueError
 from stacking.glue_outcome import training_json, training_lines
 from stacking.glue_runs import GlueOutcome, GlueRequest, fine_tune_all
+from stacking.glue_scores import score_folders
 from stacking.glue_tasks import BY_NAME, GridPoint
 from stacking.glue_training import GlueJob, GlueResult, run_job
 
@@ -138,6 +139,28 @@ def test_tasks_that_are_not_trained_are_named(stub: Stub, request_of: Any) -> No
     assert run(request).skipped["WNLI"] == (
         f"is not trained, and {request.glue}/WNLI/test.tsv is missing"
     )
+
+
+def test_train_and_score_count_the_constant_in_the_same_averages(
+    stub: Stub, request_of: Any
+) -> None:
+    request = request_of("CoLA SST-2 MRPC STS-B QQP MNLI-m MNLI-mm QNLI RTE WNLI")
+    outcome = run(request)
+    told = training_json(outcome)
+    assert told["constants"] == {"WNLI": 50.0}  # the labels are 0, 1, 1, 0
+    eight = pytest.approx(70.1)  # the stub's, with seed 1
+    nine = pytest.approx((8 * 70.1 + 50) / 9)
+    assert told["average"] == {"eight_tasks": eight, "leaderboard": nine, "missing": ()}
+    lines = list(training_lines(outcome))
+    assert "WNLI      50.00   is not trained: 0 is submitted for every row" in lines
+    assert lines[-2:] == ["average of all nine, as the leaderboard's: 67.87",
+                          "average of the eight without WNLI: 70.10"]  # fmt: skip
+    scored = score_folders(request.glue, request.out / "seed_1/dev", [BY_NAME["WNLI"]])
+    assert scored.task_scores == told["constants"]
+    without = run(replace(request, tasks=request.tasks[:-1]))
+    assert training_json(without)["average"] == {
+        "eight_tasks": eight, "leaderboard": None, "missing": ("WNLI",)
+    }  # fmt: skip
 
 
 def test_nothing_that_can_be_trained_is_a_message(stub: Stub, request_of: Any) -> None:
