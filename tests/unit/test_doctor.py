@@ -64,7 +64,7 @@ def make_data(folder: Path) -> None:
         format_version=1, dialect="unmasked", max_seq_length=128, max_predictions_per_seq=0,
         vocab_size=8192, tokenizer_sha256="", has_next_sentence_labels=False, seed=1,
         special_token_ids={"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}, num_documents={},
-        **shards,
+        training=shards["training"], validation=shards["validation"],
     )  # fmt: skip
     write_manifest(folder, manifest)
 
