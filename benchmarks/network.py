@@ -21,6 +21,7 @@ JSON line.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -59,6 +60,7 @@ KNOBS: dict[str, tuple[int, dict[str, object]]] = {
     "ZeRO 3": (3, {"stage3_param_persistence_threshold": 0}),
 }
 HIERARCHY = "ZeRO 3, parted by host"  # where a host has several ranks
+_MEASURED = {"bytes": "bytes", "seconds": "time"}
 Values = dict[str, list[float]]
 
 
@@ -99,15 +101,29 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="mslt_small")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of all ranks")
-    parser.add_argument("--accumulate", type=int, default=4, help="micro steps, for the knobs")
-    parser.add_argument("--megabits", type=float, nargs="+", default=[0, 1000, 100])
-    parser.add_argument("--delay-ms", type=float, nargs="+", default=[0, 5])
-    parser.add_argument("--ranks-per-host", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=_count, default=16, help="sequences of all ranks")
+    parser.add_argument("--accumulate", type=_count, default=4, help="micro steps, for the knobs")
+    parser.add_argument("--megabits", type=_amount, nargs="+", default=[0, 1000, 100])
+    parser.add_argument("--delay-ms", type=_amount, nargs="+", default=[0, 5])
+    parser.add_argument("--ranks-per-host", type=_count, default=1)
+    parser.add_argument("--steps", type=_count, default=3, help="timed steps of each turn")
+    parser.add_argument("--rounds", type=_count, default=3)
     parser.add_argument("--answer", type=Path, default=None, help=argparse.SUPPRESS)  # of a rank
     return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give 1 or more")
+    return number
+
+
+def _amount(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: give 0 (none) or more")
+    return number
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -145,7 +161,7 @@ def _report(network: dict[str, Any], recipe: Recipe) -> float:
     costs = network["costs"]
     print(f"\n{network['name']}: {network['megabits_reached']:,.0f} Mbit/s reached, "
           f"{1e3 * network['message_seconds']:.1f} ms for a message to each other")  # fmt: skip
-    print(f"  {'stage':<28}{'MB sent':>9}{'ms':>9}   of the whole model's")
+    print(f"  {'stage':<28}{'MB sent':>9}{'ms':>9}   times the whole model's")
     for name, cost in costs.items():
         if name in {*KNOBS, HIERARCHY} or name.endswith(WHOLE):
             continue
@@ -155,7 +171,7 @@ def _report(network: dict[str, Any], recipe: Recipe) -> float:
     seconds = [costs[_name(recipe, index)]["seconds"] for index in range(len(recipe.stages))]
     saved = _saved(seconds, recipe)
     print(f"  t0/t {saved:.2f}; by FLOPs {_saved(_flops(recipe), recipe):.2f}")
-    print(f"  {'knob':<28}{'MB sent':>9}{'ms':>9}   of {PLAIN}'s")
+    print(f"  {'knob':<28}{'MB sent':>9}{'ms':>9}   times {PLAIN}'s")
     for name in [name for name in (*KNOBS, HIERARCHY) if name in costs]:
         cost, plain = costs[name], costs[PLAIN]
         print(f"  {name:<28}{cost['bytes'] / 1e6:>9.2f}{1e3 * cost['seconds']:>9.0f}"
@@ -164,8 +180,7 @@ def _report(network: dict[str, Any], recipe: Recipe) -> float:
 
 
 def _ratio(cost: Mapping[str, float], other: Mapping[str, float], key: str) -> str:
-    unit = {"bytes": "MB", "seconds": "ms"}[key]
-    return f"{cost[key] / other[key]:>9.2f} {unit}"
+    return f"{cost[key] / other[key]:>9.2f} {_MEASURED[key]}"
 
 
 def _saved(costs: list[float], recipe: Recipe) -> float:

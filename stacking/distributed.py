@@ -101,14 +101,19 @@ def require_its_mpi() -> None:
 
 
 @contextmanager
-def telling_of_missing_ranks(after: float = 60.0) -> Iterator[None]:
-    """Say, once a host, that the ranks have not all met in the block after so many seconds."""
+def meeting_of_ranks(after: float = 60.0) -> Iterator[None]:
+    """Say, once a host, that the ranks have not all met in the block after so many seconds.
+
+    UserError where torch says that they cannot meet: nothing has begun, and it is no bug.
+    """
+
+    def address() -> str:
+        return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
     def tell() -> None:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(
             f"rank {rank()} has waited for {after:.0f} s for all {world_size()} ranks to meet at "
-            f"{address}; has one of them ended, or does a firewall keep them apart?",
+            f"{address()}; has one of them ended, or does a firewall keep them apart?",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
@@ -118,6 +123,12 @@ def telling_of_missing_ranks(after: float = 60.0) -> Iterator[None]:
         timer.start()
     try:
         yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise UserError(
+            f"rank {rank()} could not meet the others at {address()}: {said}\n"
+            "docs/cluster.md lists what such messages mean; launch/doctor.py looks for the causes"
+        ) from error
     finally:
         timer.cancel()
 

@@ -64,7 +64,7 @@ def start(hang_timeout: float = 0.0) -> Accelerator:
     # and fatal without a compiler. tests/unit/test_engine.py tells when the hook is gone.
     vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
     timeout = max(timedelta(minutes=40), timedelta(seconds=2 * hang_timeout))
-    with distributed.telling_of_missing_ranks():
+    with distributed.meeting_of_ranks():
         port = distributed.master_port()  # where MPI knows the ranks alone
         deepspeed.init_distributed(verbose=False, timeout=timeout, distributed_port=port)
     kind = get_accelerator().device_name()

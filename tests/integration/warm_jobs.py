@@ -130,6 +130,8 @@ class WarmJobs:
         }  # fmt: skip
         pids: list[int] = []
         for rank in range(ranks):
+            for kind in ("out", "err"):  # to be read however early the rank is killed
+                (folder / f"rank{rank}.{kind}").touch()
             places = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             pids.append(
                 self.ask({

@@ -46,12 +46,10 @@ def trained(run_dir: Path) -> dict[int, dict[str, object]]:
     return {int(str(row["global_step"])): row for row in rows(run_dir, "train")}
 
 
-def assert_all_end(hosts: Pair) -> None:
-    """No rank is left on either host in time."""
+def assert_all_end(hosts: Pair, words: str = "pretrain.py --local") -> None:
+    """No rank, whose command line has these `words`, is left on either host in time."""
     deadline = time.monotonic() + ENDS_WITHIN
-    while left := [
-        line for host in hosts for line in host.processes("pretrain.py --local").values()
-    ]:
+    while left := [line for host in hosts for line in host.processes(words).values()]:
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
 
@@ -254,6 +252,28 @@ def test_open_mpi_starts_both_hosts(
     done = hosts[0].run(*launch("openmpi"), *words, variables=AS_ROOT)
     assert done.returncode == 0, done.stdout
     assert_the_same_run(tmp_path / "run", one_host)
+
+
+@pytest.mark.usefixtures("mpi")
+def test_under_open_mpi_a_killed_host_ends_the_other_and_the_run_goes_on(
+    hosts: Pair, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    endless = command_line(tiny_data, run_dir, ENDLESS)
+    process = hosts[0].start(*launch("openmpi"), *endless, variables=AS_ROOT)
+    wait_until(lambda: max(steps_of(run_dir)) >= LOST_AT, process, STARTS_WITHIN)
+    hosts[1].kill_all()
+    assert_all_end(hosts, "pretrain.py")
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    first = trained(run_dir)
+    words = *endless, "--max-steps", SWITCH + 3
+    done = hosts[0].run(*launch("openmpi"), *words, variables=AS_ROOT)
+    assert done.returncode == 3, done.stdout
+    assert "resuming from stage2_begin" in done.stdout
+    second = trained(run_dir)
+    for step in range(SWITCH + 1, SWITCH + 4):
+        assert second[step]["loss"] == first[step]["loss"]
 
 
 @pytest.mark.usefixtures("mpi")

@@ -1,12 +1,14 @@
 """Faults of one rank and of all, and ranks that do not come; the rest needs ranks."""
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stacking import distributed
 from stacking.errors import ConfigError, UserError
@@ -42,13 +44,25 @@ def test_ranks_that_do_not_come_are_spoken_of(
 ) -> None:
     for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "node7"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
-    with distributed.telling_of_missing_ranks(after=0.05):
+    with distributed.meeting_of_ranks(after=0.05):
         time.sleep(0.5)
     assert "for all 3 ranks to meet at node7:29500" in capsys.readouterr().err
-    with distributed.telling_of_missing_ranks(after=0.3):
+    with distributed.meeting_of_ranks(after=0.3):
         pass
     time.sleep(0.5)
     assert capsys.readouterr().err == ""
+
+
+def test_ranks_that_cannot_meet_are_the_users_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        where = rf"rank 0 could not meet the others at 127\.0\.0\.1:{port}: .*EADDRINUSE.*\ndocs/"
+        with pytest.raises(UserError, match=where), distributed.meeting_of_ranks():
+            torch.distributed.TCPStore("127.0.0.1", port, world_size=2, is_master=True)
 
 
 @pytest.mark.parametrize(
