@@ -47,7 +47,6 @@ from stacking.doctor_variables import (
     EnvFile,
     env_file_findings,
     exports,
-    forwarded,
     read_env_files,
     variable_findings,
 )
@@ -214,11 +213,10 @@ def _host_findings(case: _Case) -> list[Finding]:
     if request.run_dir is not None:
         found += shared_findings(request.run_dir, *case.nonce, reached)
     found += port_findings(case.answers, request.master_port, request.master_addr)
-    sent = case.environment
-    if case.num_hosts > 1:
-        sent = {**forwarded(sent, _own_kind(case)), **case.files.values}
-    found += interface_findings(reached, case.kind, sent)
-    found += loopback_findings(reached, case.kind, sent)
+    # The ranks of one host are started from here, without ssh.
+    nodes = reached if case.num_hosts > 1 else {next(iter(reached)): case.here.facts}
+    found += interface_findings(nodes, case.kind)
+    found += loopback_findings(nodes, case.kind)
     return found + device_findings(reached, case.slots, case.kind)
 
 

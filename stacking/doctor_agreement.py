@@ -126,6 +126,8 @@ def package_findings(here: Facts, hosts: Mapping[str, Facts]) -> list[Finding]:
         ]  # fmt: skip
         if differ:
             fix = "install the same versions (constraints.txt) on every host"
+            if any(version.startswith("from ") for version in (*ours.values(), *theirs.values())):
+                fix += "; a folder comes before what is installed: take it out of PYTHONPATH"
             found.append(fail("packages", listed(differ, 6), fix, host))
     versions = ", ".join(f"{name} {ours.get(name)}" for name in ("Python", "torch", "deepspeed"))
     lacking = [name for name in ("torch", "deepspeed") if not ours.get(name)]

@@ -51,6 +51,7 @@ class Machine(BaseModel):
     is_in_folder: bool
     python: str
     interfaces: list[str]
+    variables: dict[str, str]  # those that name interfaces, as a rank there would see them
     cores: int
     port_fault: str
 

@@ -1,9 +1,13 @@
 """The port on which ranks meet; addresses and interfaces by which hosts find each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from stacking.doctor_findings import Finding, fail, listed, ok, warn
-from stacking.doctor_hosts import Answer, Facts
+from stacking.doctor_hosts import Answer, Facts, Machine
+
+_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_LOOPBACK = "lo"
+_ADDRESS_FIX = "give each host's name its real address in its /etc/hosts"
 
 
 def port_findings(hosts: Mapping[str, Answer], port: int, master_addr: str) -> list[Finding]:
@@ -44,59 +48,58 @@ def _reach_findings(
     return [fail("master-port", found, fix, host) for host in deaf]
 
 
-def loopback_findings(
-    hosts: Mapping[str, Facts], kind: str, sent: Mapping[str, str]
-) -> list[Finding]:
+def loopback_findings(hosts: Mapping[str, Facts], kind: str) -> list[Finding]:
     """Hosts whose own name is a loopback address, which gloo tells the other hosts."""
+    told = _machines(hosts)
     looped = [
-        host for host, facts in hosts.items()
-        if facts.machine and facts.machine.own_address.startswith("127.")
+        host for host, machine in told.items()
+        if machine.own_address.startswith("127.") and not machine.variables.get(_GLOO)
     ]  # fmt: skip
-    if len(hosts) < 2 or not looped or sent.get("GLOO_SOCKET_IFNAME"):
+    if len(hosts) < 2 or not looped:
         return []
-    names = {name for host in looped if (machine := hosts[host].machine)
-             for name in machine.interfaces if name != "lo"}  # fmt: skip
-    seen = f" ({listed(sorted(names), 6)})" if names else ""
-    fix = (
-        f"put GLOO_SOCKET_IFNAME=<interface>{seen} into .deepspeed_env, or give the host's name "
-        "its real address in /etc/hosts"
-    )
+    fix = _ADDRESS_FIX
+    if common := _common(told.values()):
+        fix = f"put {_GLOO}=<interface> ({listed(common, 6)}) into .deepspeed_env, or {fix}"
     found = f"own name is a loopback address on {listed(looped)}: "
     if kind == "cpu":
         return [fail("network", found + "gloo would connect to nobody and hang", fix)]
     return [warn("network", found + "what goes through gloo would hang", fix)]
 
 
-def interface_findings(
-    hosts: Mapping[str, Facts], kind: str, sent: Mapping[str, str]
-) -> list[Finding]:
-    """Hosts without an interface that gloo or NCCL is told to use; `sent`: their variables."""
+def interface_findings(hosts: Mapping[str, Facts], kind: str) -> list[Finding]:
+    """Hosts without an interface that gloo or NCCL is told to use."""
     found: list[Finding] = []
-    gloo, nccl = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-    for host, facts in hosts.items():
-        if facts.machine is None:
-            continue
-        names = facts.machine.interfaces
-        fix = f"name an interface of that host: {listed(names, 6)} (see `ip address`)"
-        if lacking := _glooless(sent.get(gloo, ""), names):
-            text = f"{gloo} names {listed(lacking)}, which is no interface there"
+    told = _machines(hosts)
+    common = _common(told.values())
+    all_have = f"name one that all hosts have: {listed(common, 6)}"
+    for host, machine in told.items():
+        gloo, nccl = (machine.variables.get(name, "") for name in (_GLOO, _NCCL))
+        outward = [name for name in machine.interfaces if name != _LOOPBACK]
+        usable = outward if len(told) > 1 else machine.interfaces
+        here = f"no interface is common to all; this host has {listed(outward, 6)}"
+        if lacking := [ascii(name) for name in gloo.split(",") if gloo and name not in usable]:
+            fix = all_have if common else f"{here}: leave {_GLOO} out, and {_ADDRESS_FIX}"
+            text = f"{_GLOO} names {listed(lacking)}, by which this host is not reached"
             judge = fail if kind == "cpu" else warn  # with GPUs only what goes through gloo
             found.append(judge("network", text, fix, host))
-        if kind != "cpu" and not _has_nccl(sent.get(nccl, ""), names):
-            text = f"{nccl}={_plain(sent[nccl])} leaves no interface there"
-            found.append(fail("network", text, fix, host))
+        if kind != "cpu" and not _has_nccl(nccl, usable):
+            fix = all_have if common else f"{here}: {_NCCL} may name several, with commas"
+            found.append(fail("network", f"{_NCCL}={nccl} leaves no interface there", fix, host))
     return found
 
 
-def _glooless(value: str, names: Sequence[str]) -> list[str]:
-    """Those of gloo's list, exact names, that are none: it opens each of them."""
-    value = _plain(value)
-    return [ascii(name) for name in value.split(",") if name not in names] if value else []
+def _machines(hosts: Mapping[str, Facts]) -> dict[str, Machine]:
+    return {host: facts.machine for host, facts in hosts.items() if facts.machine}
+
+
+def _common(machines: Iterable[Machine]) -> list[str]:
+    """Interfaces, by name, of all of them."""
+    names = [set(machine.interfaces) - {_LOOPBACK} for machine in machines]
+    return sorted(set.intersection(*names)) if names else []
 
 
 def _has_nccl(value: str, names: Sequence[str]) -> bool:
     """Whether NCCL finds one: prefixes, after `=` exact names, after `^` those to leave out."""
-    value = _plain(value)
     if len(value) < 2:  # which NCCL does not read
         return True
     is_excluding = value.startswith("^")
@@ -105,8 +108,3 @@ def _has_nccl(value: str, names: Sequence[str]) -> bool:
     asked = [name.partition(":")[0] for name in value.removeprefix("=").split(",") if name]
     matches = (any(name == a if is_exact else name.startswith(a) for a in asked) for name in names)
     return any(matched != is_excluding for matched in matches)
-
-
-def _plain(value: str) -> str:
-    """As the remote shell leaves it."""
-    return value.strip().strip('"')

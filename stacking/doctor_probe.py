@@ -31,6 +31,7 @@ MARK = "doctor "
 CONNECT_SECONDS = 3.0  # for each address
 TOOL_SECONDS = 10.0  # for nvidia-smi and the like
 PARTS = ("stacking", "data_prep")
+SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def main() -> None:
@@ -92,6 +93,7 @@ def machine(folder: str, port: int, until_the_end: contextlib.ExitStack) -> dict
         "is_in_folder": os.path.isdir(folder) and os.path.samefile(folder, os.getcwd()),
         "python": platform.python_version(),
         "interfaces": [name for _, name in socket.if_nameindex()],
+        "variables": {name: os.environ.get(name, "") for name in SOCKETS},
         "cores": os.cpu_count() or 1,
         "port_fault": fault,
     }
@@ -135,11 +137,20 @@ def sha256(path: Path) -> str:
 
 
 def version_of(name: str) -> str:
-    """Of an installed package; "" where it is missing."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    """Of the package that Python would import; "" where it is missing.
+
+    One that shadows the installed one, by PYTHONPATH say, tells of no version: its folder is given.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.origin:
         return ""
+    folder = Path(spec.origin).parent.parent
+    try:
+        installed = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"from {folder}"
+    is_it = os.path.realpath(str(installed.locate_file(""))) == os.path.realpath(str(folder))
+    return installed.version if is_it else f"from {folder}"
 
 
 def data(folder: Path) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stacking.branches import branch_runs
@@ -13,7 +13,7 @@ from stacking.doctor_hosts import Facts, RunDir
 from stacking.schedule import stage_start
 
 _SPARE = 1.1  # of the checkpoints' bytes: metrics, logs, a report
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 @contextmanager
@@ -31,13 +31,14 @@ def nonce_in(run_dir: Path | None) -> Iterator[tuple[Path | None, str]]:
     nonce = folder / f".doctor-{secrets.token_hex(8)}"
     try:
         nonce.write_text(nonce.name)
+        complaint = ""
     except OSError as error:
-        yield None, str(error)
-        return
+        complaint = str(error)
     try:
-        yield nonce, ""
+        yield (None if complaint else nonce), complaint
     finally:
-        nonce.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk has an empty file of it; others have none
+            nonce.unlink()
 
 
 def shared_findings(
@@ -48,7 +49,7 @@ def shared_findings(
     found = []
     if nonce is None:
         found.append(fail("run-dir", f"{run_dir}: cannot be written from here: {complaint}",
-                          "make it writable, or give another folder"))  # fmt: skip
+                          "make it writable, free some space, or give another folder"))  # fmt: skip
     first = next(iter(hosts), "")
     for host, seen in told.items():
         if nonce is not None and not seen.sees_nonce:
@@ -71,8 +72,8 @@ def disk_findings(run_dir: Path, recipe: Recipe, host: str, seen: RunDir) -> lis
     """Free space against the checkpoints that the recipe will leave; rank 0 writes on `host`."""
     planned = planned_bytes(recipe)
     needed = max(0, planned - seen.held_bytes)
-    held = f" beside {_gib(seen.held_bytes)} there" if seen.held_bytes else ""
-    found = f"{_gib(seen.free_bytes)} free, the checkpoints need at most {_gib(needed)}{held}"
+    held = f" beside {_size(seen.held_bytes)} there" if seen.held_bytes else ""
+    found = f"{_size(seen.free_bytes)} free, the checkpoints need at most {_size(needed)}{held}"
     fix = (
         "free some space, give a folder on a larger disk, or lower checkpoint.keep_last "
         f"(now {recipe.checkpoint.keep_last})"
@@ -115,5 +116,5 @@ def _largest(recipe: Recipe) -> int:
     )
 
 
-def _gib(number: int) -> str:
-    return f"{number / _GIB:,.1f} GiB"
+def _size(number: int) -> str:
+    return f"{number / _GIB:,.1f} GiB" if number >= _GIB else f"{number / _MIB:,.1f} MiB"

@@ -1,9 +1,12 @@
 """Devices, compilers, network and disk, from answers made up: each fault has its place and fix."""
 
 import contextlib
+import errno
 import importlib
+import importlib.metadata
 import json
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,7 +149,7 @@ def machine(**changes: object) -> Facts:
     known: dict[str, object] = {
         "hostname": "n", "addresses": ["10.0.0.1", "10.0.1.1"], "own_address": "127.0.1.1",
         "boot": "", "is_in_folder": True, "python": "3.11.7", "interfaces": ["eth0"], "cores": 8,
-        "port_fault": "",
+        "port_fault": "", "variables": {},
     }  # fmt: skip
     return Facts(machine=Machine.model_validate(known | changes))
 
@@ -172,13 +175,18 @@ def test_the_master_port_is_free_and_reached(
 
 def test_a_loopback_name_stops_gloo_unless_an_interface_is_named() -> None:
     told = {"a": machine(), "b": machine()}
-    (found,) = loopback_findings(told, "cpu", {})
-    assert (found.status, "GLOO_SOCKET_IFNAME" in found.fix) == ("fail", True)
-    assert "eth0" in found.fix
-    (found,) = loopback_findings(told, "cuda", {})
+    (found,) = loopback_findings(told, "cpu")
+    assert (found.status, "GLOO_SOCKET_IFNAME=<interface> (eth0)" in found.fix) == ("fail", True)
+    assert "/etc/hosts" in found.fix
+    (found,) = loopback_findings(told, "cuda")
     assert found.status == "warn"
-    assert loopback_findings(told, "cpu", {"GLOO_SOCKET_IFNAME": "eth0"}) == []
-    assert loopback_findings({"a": machine()}, "cpu", {}) == []
+    (found,) = loopback_findings({**told, "b": machine(interfaces=["lo", "eno1"])}, "cpu")
+    assert "GLOO" not in found.fix
+    named = machine(variables={"GLOO_SOCKET_IFNAME": "eth0"})
+    assert loopback_findings({"a": named, "b": named}, "cpu") == []
+    (found,) = loopback_findings({"a": named, "b": machine()}, "cpu")
+    assert "address on b:" in found.found
+    assert loopback_findings({"a": machine()}, "cpu") == []
 
 
 @pytest.mark.parametrize(
@@ -186,35 +194,74 @@ def test_a_loopback_name_stops_gloo_unless_an_interface_is_named() -> None:
     [
         ("GLOO", "eth7", "cpu", ["fail", "fail"]),
         ("GLOO", "eno1", "cpu", ["fail"]),
-        ("GLOO", "lo,eth0", "cpu", ["fail"]),
+        ("GLOO", "lo,eth0", "cpu", ["fail", "fail"]),
         ("GLOO", "eth", "cuda", ["warn", "warn"]),
-        ("GLOO", "lo", "cpu", []),
+        ("GLOO", "ib0", "cpu", []),
         ("GLOO", "", "cpu", []),
         ("NCCL", "eth7", "cpu", []),
         ("NCCL", "eth", "cuda", ["fail"]),
         ("NCCL", "eth,eno", "cuda", []),
+        ("NCCL", "lo", "cuda", ["fail", "fail"]),
         ("NCCL", "=eth", "cuda", ["fail", "fail"]),
         ("NCCL", "=eth0", "cuda", ["fail"]),
-        ("NCCL", "^lo,eth", "cuda", ["fail"]),
+        ("NCCL", "^lo,eth,ib", "cuda", ["fail"]),
         ("NCCL", "^=eth", "cuda", []),
         ("NCCL", "", "cuda", []),
     ],
 )  # fmt: skip
-def test_a_host_without_the_named_interface_is_told(
+def test_a_host_without_the_named_interface_is_told_and_one_that_all_have(
     name: str, value: str, kind: str, statuses: list[str]
 ) -> None:
-    told = {"a": machine(interfaces=["lo", "eth0"]), "b": machine(interfaces=["lo", "eno1"])}
-    found = interface_findings(told, kind, {f"{name}_SOCKET_IFNAME": value})
+    variables = {f"{name}_SOCKET_IFNAME": value}
+    told = {
+        host: machine(interfaces=["lo", own, "ib0"], variables=variables)
+        for host, own in (("a", "eth0"), ("b", "eno1"))
+    }
+    found = interface_findings(told, kind)
     assert [finding.status for finding in found] == statuses
     for finding in found:
-        names = "lo, eth0" if finding.where == "a" else "lo, eno1"
-        assert finding.fix == f"name an interface of that host: {names} (see `ip address`)"
+        assert finding.fix == "name one that all hosts have: ib0"
 
 
-def test_the_probe_tells_all_interfaces() -> None:
+@pytest.mark.parametrize(("name", "way"), [("GLOO", "/etc/hosts"), ("NCCL", "may name several")])
+def test_hosts_without_a_common_interface_are_told_another_way(name: str, way: str) -> None:
+    variables = {f"{name}_SOCKET_IFNAME": "eth0"}
+    told = {"a": machine(variables=variables),
+            "b": machine(interfaces=["lo", "eno1"], variables=variables)}  # fmt: skip
+    (found,) = interface_findings(told, "cpu" if name == "GLOO" else "cuda")
+    assert found.where == "b"
+    assert "this host has eno1" in found.fix
+    assert way in found.fix
+
+
+def test_one_host_may_use_its_loopback_interface() -> None:
+    told = {"a": machine(interfaces=["lo"], variables={"GLOO_SOCKET_IFNAME": "lo"})}
+    assert interface_findings(told, "cpu") == []
+
+
+def test_the_probe_tells_all_interfaces_and_what_names_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     with contextlib.ExitStack() as until_the_end:
         told = Machine.model_validate(doctor_probe.machine(".", 0, until_the_end))
     assert told.interfaces == [name for _, name in socket.if_nameindex()]
+    assert told.variables == {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": ""}
+
+
+def test_the_probe_tells_of_a_package_that_shadows_the_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor_probe.version_of("torch") == importlib.metadata.version("torch")
+    assert doctor_probe.version_of("no_such_package") == ""
+    for name in ("rich", "made_up"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("rich", "made_up"):
+        assert doctor_probe.version_of(name) == f"from {tmp_path}"
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.99, "fail"), (1.05, "warn"), (1.2, "ok")])
@@ -264,6 +311,20 @@ def test_the_nonce_lies_in_the_nearest_folder_and_goes_away(tmp_path: Path) -> N
         assert nonce is None
     (found,) = shared_findings(tmp_path / "file", None, complaint, {})
     assert "Not a directory" in found.found
+
+
+def test_a_full_disk_is_told_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_up)
+    with nonce_in(tmp_path) as (nonce, complaint):
+        assert nonce is None
+        assert "No space left" in complaint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_fault_of_the_json_and_the_recipe_is_told(tmp_path: Path) -> None:
