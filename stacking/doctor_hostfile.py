@@ -106,8 +106,8 @@ def _number(digits: str) -> int | None:
 
 def _entry_for(line: str) -> str:
     """What the author may have meant."""
-    host = re.match(r"[\w.@-]+", line)
-    if host is None:
+    host = re.match(r"\w[\w.@-]*", line)
+    if host is None or host[0].lower() == "slots":
         return _FORM
     rest = re.sub(r"max_slots\s*=\s*\d+", "", line[host.end() :])
     if re.match(r"\s*,\s*[A-Za-z]", rest):

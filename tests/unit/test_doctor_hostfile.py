@@ -115,6 +115,8 @@ def test_a_file_that_is_not_there_or_no_text_is_a_finding(tmp_path: Path) -> Non
         ("node8, node9 slots=4", "write one line a host: HOST slots=N"),
         ("node8,node9 slots=4", "a line each: HOST slots=N"),
         ("node8, 4", "write node8 slots=4"),
+        ("Slots=4 node8", "write one line a host: HOST slots=N"),
+        ("- node8 4", "write one line a host: HOST slots=N"),
     ],
 )
 def test_the_fix_is_what_was_meant(line: str, fix: str) -> None:
