@@ -25,7 +25,7 @@ _KEY = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _MATTER = ("COMET_", "CUBLAS_", "DS_", "FI_", "GLOO_", "HF_", "HUGGINGFACE_", "LD_", "MALLOC_",
            "MKL_", "NCCL_", "OMP_", "PYTORCH_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_",
            "WANDB_")  # fmt: skip
-_NOT = ("DS_ENV_FILE", "OMPI_")
+_NOT = ("DS_ENV_FILE", "OMPI_", "PYTORCH_NVML_BASED_CUDA_CHECK")  # DeepSpeed sets the last itself
 _FORM = "lines KEY=VALUE only"
 
 

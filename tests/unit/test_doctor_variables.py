@@ -111,7 +111,8 @@ def test_a_later_file_changes_what_an_earlier_one_says(tmp_path: Path) -> None:
 
 def test_variables_that_matter_and_are_not_sent_are_named_without_values() -> None:
     here = {"WANDB_API_KEY": "secret", "HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "PYTHONPATH": "/x",
-            "SHELL": "/bin/sh", "DS_ENV_FILE": "e", "OMP_NUM_THREADS": "4"}  # fmt: skip
+            "SHELL": "/bin/sh", "DS_ENV_FILE": "e", "OMP_NUM_THREADS": "4",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # fmt: skip
     files = EnvFile(values={"HF_HOME": "/hf"})
     (found,) = variable_findings(here, files, kind="cuda", num_hosts=2)
     assert found.status == "warn"
