@@ -1,7 +1,7 @@
 """A DeepSpeed JSON document in; the document with typed settings out, or all its faults at once."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -37,7 +37,7 @@ def check_document(document: JsonObject, *, source: str, prefix: str) -> DeepSpe
     faults = _take_out_named_keys(document)
     if document.get(_MICRO_BATCH) == _AUTO:
         del document[_MICRO_BATCH]
-    autos = list(_take_out_autos(document))
+    autos = list(_take_out_autos(document, _unknown(document)))
     faults += [
         f'{path}: got "auto"; allowed: a value, or absent for the default; only '
         f"{_MICRO_BATCH} and keys of the recipe may be auto"
@@ -88,14 +88,24 @@ def _take_out(document: JsonObject, path: str) -> Iterator[object]:
         yield node.pop(key)
 
 
-def _take_out_autos(node: JsonObject, prefix: str = "") -> Iterator[str]:
-    """Remove every remaining "auto" and yield its path."""
+def _unknown(document: JsonObject) -> set[str]:
+    """Paths of keys that nobody knows, whatever their values."""
+    try:
+        EngineSettings.model_validate(document)
+    except ValidationError as error:
+        faults = [item for item in error.errors() if item["type"] == "extra_forbidden"]
+        return {".".join(map(str, item["loc"])) for item in faults}
+    return set()
+
+
+def _take_out_autos(node: JsonObject, unknown: Set[str], prefix: str = "") -> Iterator[str]:
+    """Remove every remaining "auto" of a known key and yield its path."""
     for key, value in list(node.items()):
-        if value == _AUTO:
+        if value == _AUTO and prefix + key not in unknown:
             del node[key]
             yield prefix + key
         elif isinstance(value, dict):
-            yield from _take_out_autos(value, f"{prefix}{key}.")
+            yield from _take_out_autos(value, unknown, f"{prefix}{key}.")
 
 
 def _faults_between(settings: EngineSettings) -> list[str]:

@@ -74,6 +74,12 @@ BROKEN = [
     ("zero_optimization.zero_stage", 1, r"zero_optimization\.zero_stage: unknown key"),
     ("reduce_bucket_size", 9, r"it belongs in 'zero_optimization\.reduce_bucket_size'"),
     ("zero_optimization.stage", "auto", r'zero_optimization\.stage: got "auto"; allowed: a value'),
+    (
+        "gradient_cliping",
+        "auto",
+        r"gradient_cliping: unknown key; did you mean 'gradient_clipping'",
+    ),
+    ("fp16.enable", "auto", r"fp16\.enable: unknown key; did you mean 'enabled'"),
     ("zero_optimization.stage", "2", r"zero_optimization\.stage: got '2'; allowed: one of 0, 1, 2"),
     ("zero_optimization.stage", 4, r"zero_optimization\.stage: got 4; allowed: one of 0, 1, 2, 3"),
     (
