@@ -186,7 +186,8 @@ def test_no_function_imports(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PACKAGES, ids=name_of)
 def test_the_environment_is_read_only_in_distributed(path: Path) -> None:
-    if name_of(path) == "stacking/distributed.py":
+    # The probe is sent to other hosts as a text, and can import nothing of ours there.
+    if name_of(path) in {"stacking/distributed.py", "stacking/doctor_probe.py"}:
         return
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
