@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stacking import distributed
 from stacking.errors import ConfigError, UserError
@@ -62,7 +62,7 @@ def test_ranks_that_cannot_meet_are_the_users_matter(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("MASTER_PORT", str(port))
         where = rf"rank 0 could not meet the others at 127\.0\.0\.1:{port}: .*EADDRINUSE.*\ndocs/"
         with pytest.raises(UserError, match=where), distributed.meeting_of_ranks():
-            torch.distributed.TCPStore("127.0.0.1", port, world_size=2, is_master=True)
+            TCPStore("127.0.0.1", port, world_size=2, is_master=True)
 
 
 @pytest.mark.parametrize(
