@@ -14,8 +14,8 @@ from stacking.fine_tuning import Setting
 from stacking.fine_tuning_jobs import FLAG_OF, Asked, Start
 from stacking.glue_data import GlueError, find_file, missing_files, read_glue
 from stacking.glue_metrics import score_rows, select, task_score
-from stacking.glue_predictions import constant_predictions, write_submission
-from stacking.glue_tasks import BY_NAME, SPLITS, GlueRecipe, GlueTask, GridPoint, grid
+from stacking.glue_predictions import constant_predictions, submission_file, write_submission
+from stacking.glue_tasks import BY_NAME, SPLITS, TASKS, GlueRecipe, GlueTask, GridPoint, grid
 from stacking.glue_training import GlueJob, GlueResult, read_result, run_job
 from stacking.side_by_side import side_by_side
 
@@ -79,6 +79,25 @@ class GlueOutcome:
         return [task_score(BY_NAME[task], result.scores) for result in found]
 
 
+def file_notes(request: GlueRequest) -> list[str]:
+    """What is to be told of the tasks' files, and which test files are missing.
+
+    GlueError where a file is none: before hours are spent on the others.
+    """
+    read = {task.name for task in request.tasks
+            if task.constant is not None or not _reason(request.glue, task)}  # fmt: skip
+    notes = []
+    for task, split in product(TASKS, SPLITS):
+        if not {task.name, task.predicted_by} & read:
+            continue
+        if find_file(request.glue, task, split) is not None:
+            notes += read_glue(request.glue, task, split).notes()
+        elif split == "test":
+            notes.append(f"{request.glue / task.test.path} is missing: no {submission_file(task)} "
+                         "for the leaderboard")  # fmt: skip
+    return notes
+
+
 def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
     """Train what is not yet trained; UserError where nothing can be, or --out holds other runs."""
     reasons = {task.name: _reason(request.glue, task) for task in request.tasks}
@@ -137,8 +156,8 @@ def _name(point: GridPoint) -> str:
 def _reason(glue: Path, task: GlueTask) -> str:
     """Why a task cannot be trained, or ""."""
     if task.constant is not None:
-        has_files = any(find_file(glue, task, split) is not None for split in SPLITS[1:])
-        return f"is not trained: {task.constant} is submitted for every row" if has_files else (
+        has_test = find_file(glue, task, "test") is not None
+        return f"is not trained: {task.constant} is submitted for every row" if has_test else (
             f"is not trained, and {glue / task.test.path} is missing"
         )  # fmt: skip
     if task.predicted_by is not None:
