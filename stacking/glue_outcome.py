@@ -17,7 +17,12 @@ from stacking.glue_training import GlueResult
 def train(given: Mapping[str, Any]) -> str:
     """Fine-tune as glue.py's flags say, by name; return the table, or a line of JSON."""
     request = GlueRequest(
-        *of_flags(given), given["glue"], given["out"], given["tasks"], given["grid"]
+        *of_flags(given),
+        given["glue"],
+        given["out"],
+        given["tasks"],
+        given["grid"],
+        given["grid_from"],
     )
     require_writable(request.out)
     for note in [*request.start.load().notes(), *file_notes(request)]:

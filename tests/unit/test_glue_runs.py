@@ -116,6 +116,28 @@ def test_a_grid_selects_with_a_seed_that_is_not_reported(stub: Stub, request_of:
     assert [(job.task, job.seed) for job in stub.asked[28:]] == [("CoLA", 3), ("MRPC", 3)]
 
 
+def test_another_models_grid_is_taken_over(stub: Stub, request_of: Any, tmp_path: Path) -> None:
+    """The paper's rule: the baseline searches, the others train with new seeds."""
+    baseline = request_of("CoLA", grid=True)
+    run(baseline)
+    other = replace(
+        request_of("CoLA", num_seeds=2), start=Start(write_model(tmp_path / "other", seed=2)),
+        out=tmp_path / "other_out", grid_from=baseline.out,
+    )  # fmt: skip
+    del stub.asked[:]
+    outcome = run(other)
+    assert outcome.chosen == {"CoLA": BEST}
+    assert [(job.seed, job.setting.batch_size, job.setting.learning_rate, job.setting.num_epochs)
+            for job in stub.asked] == [(1, 32, 3e-5, 4), (2, 32, 3e-5, 4)]  # fmt: skip
+    assert not (other.out / "grid").exists()
+    path = baseline.glue / "CoLA/dev.tsv"
+    path.write_text(path.read_text() + "gj04\t1\t\tThe mill.\n")
+    with pytest.raises(ConfigError, match=r"epochs3/CoLA\.json: is of another dev; "):
+        run(replace(other, out=tmp_path / "third"))
+    with pytest.raises(ConfigError, match="--grid-from finds --epochs; leave out one"):
+        replace(other, asked=Asked(num_epochs=2))
+
+
 def test_tasks_that_are_not_trained_are_named(stub: Stub, request_of: Any) -> None:
     request = request_of("CoLA QQP RTE MNLI-m WNLI AX")
     (request.glue / "QQP/train.tsv").unlink()
