@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from stacking.checkpoint import Checkpoint
-from stacking.errors import UserError
+from stacking.errors import UserError, is_users
 from stacking.hf import ExportReport, save_pretrained
 from stacking.hf_card import card
 from stacking.hf_card_facts import run_facts
@@ -30,7 +30,9 @@ def main() -> int:
         report = export(
             options.run_dir, checkpoint, options.out, options.data_license, options.language
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if not is_users(error):
+            raise
         print(json.dumps({"error": str(error)}) if options.json else f"error: {error}",
               file=sys.stderr)  # fmt: skip
         return 2
