@@ -33,8 +33,8 @@ def main() -> int:
     except (UserError, OSError) as error:
         if not is_users(error):
             raise
-        print(json.dumps({"error": str(error)}) if options.json else f"error: {error}",
-              file=sys.stderr)  # fmt: skip
+        told = json.dumps({"error": str(error)}) if options.json else f"error: {error}"
+        print(told, file=sys.stderr)
         return 2
     hints = [HINT] if options.data_license is None else []
     result = {
@@ -43,9 +43,8 @@ def main() -> int:
         "folder": str(report.folder),
         "tag": checkpoint.tag,
         "global_step": checkpoint.state.global_step,
-        "notes": list(report.notes),
-        "hints": hints,
-    }
+        "notes": list(report.notes), "hints": hints,
+    }  # fmt: skip
     print(json.dumps(result) if options.json else as_text(report, checkpoint, hints))
     return 0
 
