@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from stacking.checkpoint import Checkpoint
-from stacking.errors import UserError
+from stacking.errors import UserError, is_users
 from stacking.hf import ExportReport, save_pretrained
 from stacking.hf_card import card
 from stacking.hf_card_facts import run_facts
@@ -30,9 +30,11 @@ def main() -> int:
         report = export(
             options.run_dir, checkpoint, options.out, options.data_license, options.language
         )
-    except UserError as error:
-        print(json.dumps({"error": str(error)}) if options.json else f"error: {error}",
-              file=sys.stderr)  # fmt: skip
+    except (UserError, OSError) as error:
+        if not is_users(error):
+            raise
+        told = json.dumps({"error": str(error)}) if options.json else f"error: {error}"
+        print(told, file=sys.stderr)
         return 2
     hints = [HINT] if options.data_license is None else []
     result = {
@@ -41,9 +43,8 @@ def main() -> int:
         "folder": str(report.folder),
         "tag": checkpoint.tag,
         "global_step": checkpoint.state.global_step,
-        "notes": list(report.notes),
-        "hints": hints,
-    }
+        "notes": list(report.notes), "hints": hints,
+    }  # fmt: skip
     print(json.dumps(result) if options.json else as_text(report, checkpoint, hints))
     return 0
 

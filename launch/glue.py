@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stacking.errors import UserError, is_users
-from stacking.fine_tuning_flags import FLAGS
+from stacking.fine_tuning_flags import FLAGS, GLUE_FLAGS
 from stacking.glue_scores import score_folders
 from stacking.glue_tables import score_lines
 from stacking.glue_tasks import BY_NAME, GlueTask
@@ -49,11 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     verb = verbs.add_parser("train", formatter_class=raw, epilog=EXAMPLES,
                             help="fine-tune on each task, with one seed or several: predictions "
                             "and submission files in OUT/seed_N")  # fmt: skip
-    for name, options in FLAGS:
+    for name, options in (*FLAGS, *GLUE_FLAGS):
         verb.add_argument(name, **options)
-    verb.add_argument("glue", type=Path, metavar="GLUE_DIR", help="GLUE's official layout")
-    verb.add_argument("--grid", action="store_true", help="first find each task's batch, rate and "
-                      "epochs on dev: the paper's 12 settings, one run each")  # fmt: skip
     _add_tasks(verb)
     verb = verbs.add_parser("score", formatter_class=raw, epilog=EXAMPLES,
                             help="metrics and averages of predictions for the dev sets, in per "

@@ -11,9 +11,10 @@ from stacking.config import Recipe
 from stacking.config_loading import load_recipe
 from stacking.errors import CheckpointError, ConfigError
 from stacking.growth.depth import DEPTH_OPERATORS
-from stacking.hf import load_pretrained
+from stacking.hf import load_pretrained, read_home
+from stacking.hf_tokenizer import DIGEST_FIELD, TOKENIZER
 from stacking.modeling import BertForPreTraining
-from stacking.pretrained import checkpoint_model
+from stacking.pretrained import checkpoint_model, require_tokenizer
 from stacking.resume import state_for
 
 
@@ -104,6 +105,7 @@ def _of_run(run_dir: Path, tags: Sequence[str], all_switches: bool) -> Source:
         for checkpoint in shown
         for origins in [layer_origins(recipe, stages[shown[0].tag], stages[checkpoint.tag])]
     )
+    _require_own(run_dir / "tokenizer" / TOKENIZER, found[-1].state.tokenizer_sha256, run_dir)
     longest = min(recipe.stage_data(stages[c.tag]).max_seq_length for c in shown)
     notes = (f"left out: {why}",) if pooled else ()
     return Source(models, run_dir / "tokenizer", longest, notes)
@@ -139,6 +141,14 @@ def _around_switches(tags: Collection[str], recipe: Recipe, all_switches: bool) 
 
 def _of_folder(folder: Path) -> Source:
     model, config = load_pretrained(folder)
+    digest = str(read_home(folder)[1].get(DIGEST_FIELD) or "")
+    _require_own(folder / TOKENIZER, digest, folder)
     layers = config.num_hidden_layers
     only = Model(folder.resolve().name, f"{layers} layers", tuple(range(layers)), lambda: model)
     return Source((only,), folder / "tokenizer.json", config.max_position_embeddings)
+
+
+def _require_own(tokenizer: Path, digest: str, folder: Path) -> None:
+    """ConfigError where the model says another tokenizer than the one that lies there."""
+    if tokenizer.is_file():
+        require_tokenizer(tokenizer.read_bytes(), digest, tokenizer, folder)

@@ -1,4 +1,4 @@
-"""The command-line flags that glue.py and squad.py share, as argparse takes them."""
+"""The command-line flags of fine-tuning, shared by glue.py and squad.py or not, for argparse."""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--strict-precision", {"action": "store_true",
                             "help": "refuse another precision than the JSON's"}),
     ("--json", {"action": "store_true", "help": "print the numbers as one JSON line"}),
+)  # fmt: skip
+
+GLUE_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("glue", {"type": Path, "metavar": "GLUE_DIR", "help": "GLUE's official layout"}),
+    ("--grid", {"action": "store_true", "help": "first find each task's batch, rate and epochs on "
+                "dev: the paper's 12 settings, one run each"}),
+    ("--grid-from", {"type": Path, "metavar": "OUT", "help": "take what --grid found there, with "
+                     "another model: the paper searches with its baseline only"}),
 )  # fmt: skip
 
 SQUAD_FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -104,8 +104,13 @@ def _load(model: Path, tag: str | None, tokenizer: Path | None) -> Pretrained:
     return load(model, tag, tokenizer)
 
 
-def read_finished(path: Path, conditions: Mapping[str, object]) -> tuple[dict[str, float], float]:
-    """Scores and seconds of a result file; ConfigError if it is none, or of other conditions."""
+def read_finished(
+    path: Path, conditions: Mapping[str, object], *, but: Collection[str] = ()
+) -> tuple[dict[str, float], float]:
+    """Scores and seconds of a result file; ConfigError if it is none, or of other conditions.
+
+    `but`: conditions in which it may differ.
+    """
     try:
         told = json.loads(path.read_bytes())
         found, scores = dict(told["conditions"]), dict(told["scores"])
@@ -113,7 +118,8 @@ def read_finished(path: Path, conditions: Mapping[str, object]) -> tuple[dict[st
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: is no result of a fine-tuning ({error}); delete it") from error
     asked = json.loads(json.dumps(conditions))
-    other = sorted(name for name in asked | found if asked.get(name) != found.get(name))
+    other = sorted(name for name in (asked | found).keys() - set(but)
+                   if asked.get(name) != found.get(name))  # fmt: skip
     if other:
         raise ConfigError(
             f"{path}: is of another {', '.join(other)}; give another --out, or delete it"

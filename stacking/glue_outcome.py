@@ -9,7 +9,7 @@ from typing import Any
 from stacking import distributed
 from stacking.fine_tuning_jobs import of_flags, require_writable
 from stacking.glue_metrics import GlueAverage, glue_average, over_seeds
-from stacking.glue_runs import GlueOutcome, GlueRequest, fine_tune_all
+from stacking.glue_runs import GlueOutcome, GlueRequest, file_notes, fine_tune_all
 from stacking.glue_tables import average_lines, skipped_lines
 from stacking.glue_training import GlueResult
 
@@ -17,10 +17,15 @@ from stacking.glue_training import GlueResult
 def train(given: Mapping[str, Any]) -> str:
     """Fine-tune as glue.py's flags say, by name; return the table, or a line of JSON."""
     request = GlueRequest(
-        *of_flags(given), given["glue"], given["out"], given["tasks"], given["grid"]
+        *of_flags(given),
+        given["glue"],
+        given["out"],
+        given["tasks"],
+        given["grid"],
+        given["grid_from"],
     )
     require_writable(request.out)
-    for note in request.start.load().notes():
+    for note in [*request.start.load().notes(), *file_notes(request)]:
         print(note, file=sys.stderr, flush=True)
     try:
         found = fine_tune_all(request, tell)

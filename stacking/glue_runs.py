@@ -2,6 +2,7 @@
 
 A job whose result is on disk is not done again. With a grid each task is first tried with every
 setting of the paper and one seed; the seeds that are reported are others and use the best setting.
+The paper searches with its baseline, and its other models use what that found.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ from pathlib import Path
 
 from stacking.errors import ConfigError
 from stacking.fine_tuning import Setting
-from stacking.fine_tuning_jobs import FLAG_OF, Asked, Start
+from stacking.fine_tuning_jobs import FLAG_OF, Asked, Start, read_finished
 from stacking.glue_data import GlueError, find_file, missing_files, read_glue
-from stacking.glue_metrics import score_rows, select, task_score
-from stacking.glue_predictions import constant_predictions, write_submission
-from stacking.glue_tasks import BY_NAME, SPLITS, GlueRecipe, GlueTask, GridPoint, grid
+from stacking.glue_metrics import Scores, score_rows, select, task_score
+from stacking.glue_predictions import constant_predictions, submission_file, write_submission
+from stacking.glue_tasks import BY_NAME, SPLITS, TASKS, GlueRecipe, GlueTask, GridPoint, grid
 from stacking.glue_training import GlueJob, GlueResult, read_result, run_job
 from stacking.side_by_side import side_by_side
 
@@ -36,12 +37,17 @@ class GlueRequest:
     tasks: tuple[GlueTask, ...]
     grid: bool = False
     """Whether the settings are searched on dev first."""
+    grid_from: Path | None = None
+    """The `out` of another model whose grid found them."""
 
     def __post_init__(self) -> None:
         """ConfigError with all faults."""
+        grids = ["--grid"] * self.grid + ["--grid-from"] * (self.grid_from is not None)
         given = [FLAG_OF[name] for name in self.asked.settings]
-        if self.grid and given:
-            raise ConfigError(f"--grid finds {', '.join(given)}; leave out one or the other")
+        if len(grids) > 1:
+            raise ConfigError("--grid searches, --grid-from does not; leave out one or the other")
+        if grids and given:
+            raise ConfigError(f"{grids[0]} finds {', '.join(given)}; leave out one or the other")
 
     def job(self, task: GlueTask, seed: int, folder: Path) -> GlueJob:
         """With the task's recipe, but for what is asked otherwise."""
@@ -79,6 +85,25 @@ class GlueOutcome:
         return [task_score(BY_NAME[task], result.scores) for result in found]
 
 
+def file_notes(request: GlueRequest) -> list[str]:
+    """What is to be told of the tasks' files, and which test files are missing.
+
+    GlueError where a file is none: before hours are spent on the others.
+    """
+    read = {task.name for task in request.tasks
+            if task.constant is not None or not _reason(request.glue, task)}  # fmt: skip
+    notes = []
+    for task, split in product(TASKS, SPLITS):
+        if not {task.name, task.predicted_by} & read:
+            continue
+        if find_file(request.glue, task, split) is not None:
+            notes += read_glue(request.glue, task, split).notes()
+        elif split == "test":
+            notes.append(f"{request.glue / task.test.path} is missing: no {submission_file(task)} "
+                         "for the leaderboard")  # fmt: skip
+    return notes
+
+
 def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
     """Train what is not yet trained; UserError where nothing can be, or --out holds other runs."""
     reasons = {task.name: _reason(request.glue, task) for task in request.tasks}
@@ -87,7 +112,7 @@ def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
     if not tasks:
         told = "\n".join(f"  - {name}: {reason}" for name, reason in skipped.items())
         raise GlueError(f"no task can be trained:\n{told}")
-    chosen = _search(request, tasks, tell) if request.grid else {}
+    chosen = _chosen(request, tasks, tell)
     jobs = []
     for task in tasks:
         for seed in request.asked.seeds:
@@ -97,19 +122,35 @@ def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
     return GlueOutcome(tuple(results), chosen, skipped, _constants(request))
 
 
-def _search(request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell) -> dict[str, GridPoint]:
-    """The best setting of each task by its dev score."""
-    points = grid()
+def _chosen(request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell) -> dict[str, GridPoint]:
+    """The best setting of each task by its dev score; {} without a grid."""
+    if not request.grid and request.grid_from is None:
+        return {}
+    points, folder = grid(), (request.grid_from or request.out) / "grid"
     jobs = [
-        replace(_at(request.job(task, GRID_SEED, request.out / "grid" / _name(point)), point),
+        replace(_at(request.job(task, GRID_SEED, folder / _name(point)), point),
                 predicts_test=False)
         for task in tasks for point in points
     ]  # fmt: skip
-    results = iter(_run(jobs, request.asked.processes, tell))
+    found = (
+        [result.scores for result in _run(jobs, request.asked.processes, tell)]
+        if request.grid else [_of_another_model(job) for job in jobs]
+    )  # fmt: skip
+    scores = iter(found)
     return {
-        task.name: select({point: task_score(task, next(results).scores) for point in points})
+        task.name: select({point: task_score(task, next(scores)) for point in points})
         for task in tasks
     }
+
+
+def _of_another_model(job: GlueJob) -> Scores:
+    """Scores of a grid's finished run; ConfigError where it is not done, or of other data."""
+    if not job.result.exists():
+        raise ConfigError(
+            f"--grid-from: {job.result} is missing; the grid of {job.task} is not done there: end "
+            "it with --grid, or leave the task out"
+        )
+    return read_finished(job.result, job.conditions(), but=("model", "max_seq_length"))[0]
 
 
 def _run(jobs: Sequence[GlueJob], processes: int, tell: Tell) -> list[GlueResult]:
@@ -137,8 +178,8 @@ def _name(point: GridPoint) -> str:
 def _reason(glue: Path, task: GlueTask) -> str:
     """Why a task cannot be trained, or ""."""
     if task.constant is not None:
-        has_files = any(find_file(glue, task, split) is not None for split in SPLITS[1:])
-        return f"is not trained: {task.constant} is submitted for every row" if has_files else (
+        has_test = find_file(glue, task, "test") is not None
+        return f"is not trained: {task.constant} is submitted for every row" if has_test else (
             f"is not trained, and {glue / task.test.path} is missing"
         )  # fmt: skip
     if task.predicted_by is not None:

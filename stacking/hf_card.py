@@ -154,7 +154,7 @@ def _use(report: ExportReport) -> Iterator[str]:
     yield 'folder = "."  # where this file lies'
     yield f"model = AutoModelForMaskedLM.from_pretrained(folder{trust})"
     if report.has_tokenizer:
-        yield "tokenizer = AutoTokenizer.from_pretrained(folder)"
+        yield f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"
         yield 'text = f"this is the {tokenizer.mask_token} of it ."'
         yield 'batch = tokenizer(text, return_tensors="pt")'
         yield "with torch.no_grad():"

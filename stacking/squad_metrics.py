@@ -6,6 +6,7 @@ texts but articles and punctuation, F1 is 0 in version 1.1 and 1 in version 2.0.
 this project uses computes them.
 """
 
+import math
 import re
 import string
 from collections import Counter
@@ -47,8 +48,10 @@ def score_version_2(
     answers, and with null odds the best that a threshold on them could give (`best_`).
 
     A prediction whose null odds exceed the threshold counts as "". SquadError if a question has no
-    prediction or no null odds.
+    prediction or no null odds, or the threshold is no number.
     """
+    if math.isnan(threshold):
+        raise SquadError("threshold of the null odds: got nan; allowed: a number")
     for what, given in (("prediction", predictions), ("null odds", null_odds)):
         missing = [one.id for one in examples if given is not None and one.id not in given]
         if missing:

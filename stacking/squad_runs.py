@@ -12,7 +12,7 @@ from stacking import distributed
 from stacking.errors import ConfigError
 from stacking.fine_tuning_jobs import Asked, Start, of_flags, read_finished, require_writable
 from stacking.side_by_side import side_by_side
-from stacking.squad_data import read_squad, require_answers
+from stacking.squad_data import read_squad, require_answers, training_set
 from stacking.squad_metrics import Scores
 from stacking.squad_predictions import AnswerSettings
 from stacking.squad_training import (
@@ -70,7 +70,7 @@ def train(given: Mapping[str, Any]) -> Scores:
     request = SquadRequest.of_flags(given)
     jobs = request.jobs()
     require_writable(request.out)
-    for note in request.start.load().notes():
+    for note in [*request.start.load().notes(), *training_set(read_squad(request.train)).notes()]:
         print(note, file=sys.stderr, flush=True)
     results = []
     try:

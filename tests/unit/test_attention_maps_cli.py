@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fine_tuned import fresh_model, swap_two_tokens, write_model
 from run_folders import write_run
 
 from data_prep.tokens.tokenizer import SPECIAL_TOKENS, from_tokens
@@ -203,6 +204,19 @@ def test_a_hugging_face_folder_is_one_model(run_dir: Path, tmp_path: Path) -> No
     assert torch.allclose(theirs.maps, ours.maps, atol=1e-6)
     with pytest.raises(ConfigError, match="one model without tags"):
         find_models(tmp_path / "hf", ["x"])
+
+
+def test_another_tokenizer_than_that_of_pre_training_is_refused(
+    tmp_path: Path,
+) -> None:
+    """A run and an export say which one it was."""
+    run, model = write_model(tmp_path / "run"), fresh_model()
+    save_pretrained(model, model.config, tmp_path / "hf", run / "tokenizer")
+    for folder, path in ((run, run / "tokenizer"), (tmp_path / "hf", tmp_path / "hf")):
+        assert find_models(folder, []).models
+        swap_two_tokens(path / "tokenizer.json")
+        with pytest.raises(ConfigError, match="json: is not the tokenizer that .* trained with"):
+            find_models(folder, [])
 
 
 @pytest.mark.parametrize(

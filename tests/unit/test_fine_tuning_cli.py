@@ -124,6 +124,9 @@ CASES: dict[str, Case] = {
     "train is a folder": Case(GLUE, "CoLA/train.tsv", as_folder),
     "grid and more": Case(f"{GLUE} --grid --epochs 3 --learning-rate 1e-3",
                           "--grid finds --epochs, --learning-rate; leave out one or the other"),
+    "both grids": Case(f"{GLUE} --grid --grid-from none", "--grid searches, --grid-from does not"),
+    "no grid there": Case(f"{GLUE} --grid-from none",
+                          "none/grid/batch16_rate5e-05_epochs3/CoLA.json is missing; the grid of "),
     "glue ranks": Case(GLUE, "fine-tuning got 2 ranks; allowed: 1, started without the launcher",
                        variables=TWO_RANKS),
     "squad ranks": Case(SQUAD, "fine-tuning got 2 ranks; allowed: 1", variables=TWO_RANKS),
@@ -206,7 +209,12 @@ def test_ctrl_c_is_exit_code_3(
     for command in (GLUE, SQUAD):
         script, *words = command.split()
         assert main_of(script, *(files.get(word, word) for word in words)) == 3
-        assert capsys.readouterr().err == "error: stopped; the same command goes on from here\n"
+        *told, last = capsys.readouterr().err.splitlines()
+        assert last == "error: stopped; the same command goes on from here"
+        assert [line.split(": has ")[0] for line in told] == [
+            str(files["glue"] / f"CoLA/{split}.tsv") for split in ("train", "dev", "test")
+            if script == "glue.py"
+        ]  # fmt: skip
 
 
 def test_a_disk_that_is_full_is_a_message_and_a_fault_of_ours_is_not(

@@ -18,7 +18,7 @@ from stacking.fine_tuning import Examples, Rows, Setting
 from stacking.fine_tuning_jobs import Asked, Start
 from stacking.glue_data import GlueError
 from stacking.glue_outcome import training_json, training_lines
-from stacking.glue_runs import GlueOutcome, GlueRequest, fine_tune_all
+from stacking.glue_runs import GlueOutcome, GlueRequest, file_notes, fine_tune_all
 from stacking.glue_scores import score_folders
 from stacking.glue_tasks import BY_NAME, GridPoint
 from stacking.glue_training import GlueJob, GlueResult, run_job
@@ -116,6 +116,28 @@ def test_a_grid_selects_with_a_seed_that_is_not_reported(stub: Stub, request_of:
     assert [(job.task, job.seed) for job in stub.asked[28:]] == [("CoLA", 3), ("MRPC", 3)]
 
 
+def test_another_models_grid_is_taken_over(stub: Stub, request_of: Any, tmp_path: Path) -> None:
+    """The paper's rule: the baseline searches, the others train with new seeds."""
+    baseline = request_of("CoLA", grid=True)
+    run(baseline)
+    other = replace(
+        request_of("CoLA", num_seeds=2), start=Start(write_model(tmp_path / "other", seed=2)),
+        out=tmp_path / "other_out", grid_from=baseline.out,
+    )  # fmt: skip
+    del stub.asked[:]
+    outcome = run(other)
+    assert outcome.chosen == {"CoLA": BEST}
+    assert [(job.seed, job.setting.batch_size, job.setting.learning_rate, job.setting.num_epochs)
+            for job in stub.asked] == [(1, 32, 3e-5, 4), (2, 32, 3e-5, 4)]  # fmt: skip
+    assert not (other.out / "grid").exists()
+    path = baseline.glue / "CoLA/dev.tsv"
+    path.write_text(path.read_text() + "gj04\t1\t\tThe mill.\n")
+    with pytest.raises(ConfigError, match=r"epochs3/CoLA\.json: is of another dev; "):
+        run(replace(other, out=tmp_path / "third"))
+    with pytest.raises(ConfigError, match="--grid-from finds --epochs; leave out one"):
+        replace(other, asked=Asked(num_epochs=2))
+
+
 def test_tasks_that_are_not_trained_are_named(stub: Stub, request_of: Any) -> None:
     request = request_of("CoLA QQP RTE MNLI-m WNLI AX")
     (request.glue / "QQP/train.tsv").unlink()
@@ -139,6 +161,30 @@ def test_tasks_that_are_not_trained_are_named(stub: Stub, request_of: Any) -> No
     assert run(request).skipped["WNLI"] == (
         f"is not trained, and {request.glue}/WNLI/test.tsv is missing"
     )
+
+
+def test_files_are_told_of_before_anything_is_trained(request_of: Any) -> None:
+    """How many rows they have, and of test files that they are missing: no submission is whole."""
+    request = request_of("CoLA RTE MNLI-m WNLI")
+    for name in ("CoLA/test", "RTE/dev", "WNLI/test", "diagnostic/diagnostic"):
+        (request.glue / f"{name}.tsv").unlink()
+    told = [note.replace(f"{request.glue}/", "") for note in file_notes(request)]
+    rest = "scores are not comparable with published ones"
+    assert told == [
+        f"CoLA/train.tsv: has 4 rows, the official CoLA 8,551: {rest}",
+        f"CoLA/dev.tsv: has 4 rows, the official CoLA 1,043: {rest}",
+        "CoLA/test.tsv is missing: no CoLA.tsv for the leaderboard",
+        f"MNLI/train.tsv: has 2 rows, the official MNLI-m 392,702: {rest}",
+        f"MNLI/dev_matched.tsv: has 4 rows, the official MNLI-m 9,815: {rest}",
+        f"MNLI/test_matched.tsv: has 3 rows, the official MNLI-m 9,796: {rest}",
+        f"WNLI/train.tsv: has 4 rows, the official WNLI 635: {rest}",
+        f"WNLI/dev.tsv: has 4 rows, the official WNLI 71: {rest}",
+        "WNLI/test.tsv is missing: no WNLI.tsv for the leaderboard",
+        "diagnostic/diagnostic.tsv is missing: no AX.tsv for the leaderboard",
+    ]
+    (request.glue / "MNLI/test_matched.tsv").write_text("index\n0\n")
+    with pytest.raises(GlueError, match=r"test_matched.tsv: .* lacks the columns sentence1"):
+        file_notes(request)
 
 
 def test_train_and_score_count_the_constant_in_the_same_averages(

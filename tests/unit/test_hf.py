@@ -482,3 +482,13 @@ def test_export_command_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no recipe.json, this is not a run folder" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_export_command_below_a_file_is_one_message(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Exit code 2, one line, no traceback."""
+    write_run(tmp_path / "run", tokenizer_dir)
+    (tmp_path / "file").write_text("")
+    done = run_export(tmp_path / "run", "--out", tmp_path / "file/hf")
+    assert done.returncode == 2
+    assert "Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -55,7 +55,7 @@ FLAGS = {
         "--model", "--to", "--depth", "--ffn", "--heads", "--hidden", "--positions", "--seed",
         "--out", JSON,
     },
-    "glue.py train": {*FINE_TUNING, "--tasks", "--grid"},
+    "glue.py train": {*FINE_TUNING, "--tasks", "--grid", "--grid-from"},
     "glue.py score": {"--tasks", JSON},
     "squad.py train": {
         *FINE_TUNING, "--max-seq-length", "--doc-stride", "--max-query-length", "--n-best-size",

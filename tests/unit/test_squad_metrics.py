@@ -1,5 +1,7 @@
 """SQuAD's metrics: cases by hand, and what the official scripts print for the two small sets."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -179,6 +181,11 @@ def test_version_2_wants_a_prediction_and_odds_for_each_question() -> None:
         score_version_2(gold, {"q": ""})
     with pytest.raises(SquadError, match="1 of 3 questions have no null odds, the first is q"):
         score_version_2(gold, dict.fromkeys("qrs", ""), {"r": 0.0, "s": 0.0})
+
+
+def test_a_threshold_that_is_no_number_is_refused() -> None:
+    with pytest.raises(SquadError, match="threshold of the null odds: got nan; allowed: a number"):
+        score_version_2([question("q", "cat")], {"q": ""}, {"q": 0.0}, threshold=math.nan)
 
 
 def test_version_1_wants_answers() -> None:
