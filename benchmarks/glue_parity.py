@@ -88,7 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("model", type=Path, metavar="HF_DIR")
     add("glue", type=Path, metavar="GLUE_DIR")
-    add("--tasks", nargs="+", choices=list(BY_NAME), default=["MRPC", "SST-2"])
+    trained = [name for name, task in BY_NAME.items() if task.recipe]
+    add("--tasks", nargs="+", choices=trained, default=["MRPC", "SST-2"])
     add("--seeds", type=int, default=3)
     add("--learning-rate", type=float, default=5e-5)
     add("--head", choices=["zero", "drawn"], default="zero", help="of transformers' side")

@@ -97,6 +97,7 @@ def lines_of(found: dict[str, dict[str, Seeds]], glue: Path | None) -> list[Line
             for model, tasks in found.items()
         }
         lines.append(Line(name, scores, None if glue is None else constant_score(glue, task)))
+    require_equal_seeds(lines)
     return [*lines, mean_line(lines)]
 
 
@@ -115,6 +116,14 @@ def require_alike(name: str, models: dict[str, Seeds]) -> None:
             raise ConfigError(
                 f"{name}: {model} has other seeds, data or settings than {first}; train both alike"
             )
+
+
+def require_equal_seeds(lines: list[Line]) -> None:
+    """ConfigError unless all tasks have as many seeds: their mean is taken seed by seed."""
+    counts = {line.name: len(next(iter(line.scores.values()))) for line in lines}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ConfigError(f"seeds by task: {told}; give all tasks as many (`glue.py train` again)")
 
 
 def constant_score(glue: Path, task: GlueTask) -> float:

@@ -87,3 +87,6 @@ def test_other_settings_and_empty_folders_are_refused(
     assert "CoLA: other has other seeds, data or settings than scratch" in capsys.readouterr().err
     assert command(one, tmp_path / "none") == 2
     assert "no results; give the --out of" in capsys.readouterr().err
+    write_results(one, "MRPC", [{"f1": 80.0, "accuracy": 70.0}] * 4, 5e-5)
+    assert command(one) == 2
+    assert "seeds by task: CoLA 3, MRPC 4; give all tasks as many" in capsys.readouterr().err
