@@ -16,9 +16,8 @@ from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import load_deepspeed_config
 from stacking.errors import UserError, is_users
 from stacking.run_branch import Trunk
-from stacking.stopping import StopLimits, parse_duration
+from stacking.stopping import Outcome, StopLimits, parse_duration
 from stacking.study import Run, Study
-from stacking.trainer import Outcome
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,10 +68,7 @@ def main() -> int:
     except (UserError, OSError) as error:
         if not is_users(error):
             raise
-        # One of all ranks is told once, one of a rank by it; before they meet, once a host.
-        is_shared = getattr(error, "is_everybodys", False)
-        is_hosts = distributed.local_rank() == 0
-        if distributed.is_main() or (is_hosts if study is None else not is_shared):
+        if distributed.tells(error, have_met=study is not None):
             print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -206,6 +206,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def tells(error: Exception, *, have_met: bool) -> bool:
+    """Whether this rank tells the user of a mistake.
+
+    One that all ranks share is told once, one of a rank by it; before they meet, once a host.
+    """
+    is_shared = getattr(error, "is_everybodys", False)
+    return is_main() or (not is_shared if have_met else local_rank() == 0)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if distributed.is_initialized():

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 _NAMED = 4  # culprits that a message names; of more it says how many
 SOON = 5.0  # seconds of silence that are enough once a connection broke or a rank failed
+EXPECTED_AT_MOST = 1800.0
+"""Seconds that an evaluation, a save or a growth may take before it counts as hanging."""
+LEARNING_STEP_AT_MOST = 60.0
+"""Likewise, of one step of a growth map that is learned."""
 
 
 class State(str, Enum):

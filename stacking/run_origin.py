@@ -9,10 +9,11 @@ from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.config import Recipe
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.resume import snapshot_for, state_for
-from stacking.run_branch import Trunk
+from stacking.run_branch import Conditions, Trunk
 from stacking.run_data import RunData
-from stacking.run_folder import recipe_sha256
+from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
+from stacking.run_saving import RunSaver
 from stacking.snapshot import Snapshot
 
 
@@ -106,3 +107,47 @@ class Branched:
         log.run_start(self._data, str(self._trunk))
         distributed.only_on_main(lambda: log.inherit(self._trunk.rows(self._recipe)))
         log.say(f"branching from {self._trunk}, to {self._recipe.total_steps} steps")
+
+
+class Beginning:
+    """Which of them it is: what the user asked for, held against what lies in the run's folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        manager: CheckpointManager,
+        resume: str,
+        trunk: Trunk | None,
+    ) -> None:
+        """`manager`: of the folder; `resume`: auto, never or a tag; `trunk`: --branch-from."""
+        self._recipe = recipe
+        self._folder = folder
+        self._manager = manager
+        self._resume = resume
+        self._trunk = trunk
+
+    def check(self, conditions: Conditions) -> None:
+        """UserError where the run cannot begin or go on as asked. Reads only; main rank only."""
+        self._folder.check(self._recipe, self._resume)
+        if self._trunk is not None:
+            self._trunk.check(self._folder, self._recipe, conditions)
+
+    def choose_tag(self, saver: RunSaver, log: RunLog) -> str | None:
+        """The tag to continue from, None in a new run. Main rank only."""
+        if self._resume not in ("auto", "never"):
+            if not self._folder.was_rewound_to(self._resume):
+                self._manager.rewind(self._resume)
+                self._folder.note_rewind(self._resume)
+                return self._resume
+            log.say(f"this run went back to {self._resume} before and goes on from there; "
+                    f"to go back again delete {self._folder.rewound}")  # fmt: skip
+        return saver.latest_tag()
+
+    def origin(self, tag: str | None, data: RunData) -> Origin:
+        """`tag`: what `choose_tag` said, on every rank."""
+        if tag is not None:
+            return Resumed(self._recipe, self._manager, tag)
+        if self._trunk is not None:
+            return Branched(self._recipe, data, self._trunk)
+        return NewRun(self._recipe, data)

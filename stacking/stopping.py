@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from enum import Enum
 from types import FrameType, TracebackType
 
 from stacking.errors import ConfigError
@@ -19,6 +20,13 @@ from stacking.errors import ConfigError
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OBEY_SECONDS = 2.0  # what a repeated signal leaves the main thread to end in its own way
+
+
+class Outcome(Enum):
+    """How a session ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"  # by a signal or a limit; committed, and resumable
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,10 @@ class StopLimits:
             raise ConfigError(f"--max-steps: got {self.steps}; allowed: 1 or more")
         if self.seconds is not None and self.seconds <= 0:
             raise ConfigError("--time-limit: got no time; allowed: more than 0 seconds")
+
+    def last_step(self, total_steps: int) -> int:
+        """Optimizer steps that are done when the session ends by itself."""
+        return min(total_steps, self.steps or total_steps)
 
 
 def parse_duration(text: str, flag: str = "--time-limit") -> float:

@@ -10,8 +10,8 @@ from stacking.branches import branch_runs
 from stacking.config import Recipe
 from stacking.run_branch import Trunk
 from stacking.run_folder import BRANCHES
-from stacking.stopping import StopLimits
-from stacking.trainer import Outcome, Trainer
+from stacking.stopping import Outcome, StopLimits
+from stacking.trainer import Trainer
 
 
 @dataclass(frozen=True)

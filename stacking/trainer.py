@@ -9,14 +9,12 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
 
 import torch
 
 from stacking import distributed, engine, engine_options, metrics
 from stacking.autopsy import autopsy
-from stacking.branches import branch_steps
 from stacking.checkpoint import CheckpointManager
 from stacking.config import Recipe
 from stacking.dataset import PretrainingLoader
@@ -33,38 +31,26 @@ from stacking.errors import ConfigError, NonFiniteError, UserError
 from stacking.growth.legality import recipe_faults
 from stacking.progress import ProgressReporter
 from stacking.rank_agreement import require_equal
-from stacking.rank_ledger import WatchLimits
+from stacking.rank_ledger import EXPECTED_AT_MOST, LEARNING_STEP_AT_MOST, WatchLimits
 from stacking.rank_watch import RankWatch, end_process
 from stacking.run_branch import Conditions, Trunk
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
-from stacking.run_origin import Branched, NewRun, Origin, Resumed
+from stacking.run_origin import Beginning, Origin
 from stacking.run_saving import RunSaver
 from stacking.run_staging import DataPlace, Session
 from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
 from stacking.stage_switch import SwitchReport, switch_stage
-from stacking.stopping import StopLimits, StopRequest
+from stacking.stopping import Outcome, StopLimits, StopRequest
+from stacking.timetable import Timetable
 
-EXPECTED_AT_MOST = 1800.0
-"""Seconds that an evaluation, a save or a growth may take before it counts as hanging."""
-
-
-LEARNING_STEP_AT_MOST = 60.0
-"""Likewise, of one step of a growth map that is learned."""
 OUT_OF_MEMORY = (
     "rank {rank} has not enough memory for this model; less is needed with a smaller "
     "train_micro_batch_size_per_gpu, activation_checkpointing, a higher zero_optimization.stage or "
     "more ranks: the same command goes on from the last checkpoint with any of them"
 )
-
-
-class Outcome(Enum):
-    """How fit() ended."""
-
-    DONE = "done"
-    STOPPED = "stopped"  # by a signal; committed, and resumable
 
 
 class Trainer:
@@ -101,15 +87,15 @@ class Trainer:
         self.folder = RunFolder(run_dir)
         self._deepspeed_config = deepspeed_config
         self._place = DataPlace(data_dir, stage_data)
-        self._resume = resume
-        self._trunk = branch_from
-        self._branch_steps = branch_steps(recipe)
         self._strict_precision = strict_precision
         self._limits = limits or StopLimits()
+        self._timetable = Timetable(recipe)
+        self._last_step = self._limits.last_step(recipe.total_steps)
         self._hang_timeout = hang_timeout
         self._watch = RankWatch(WatchLimits(hung_after=hang_timeout), self._end_at_once)
         self._after_watch = ExitStack()  # what is under way and must be finished
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
+        self._beginning = Beginning(recipe, self.folder, self._manager, resume, branch_from)
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
         self._resolved: list[ResolvedEngine] = []
@@ -197,23 +183,20 @@ class Trainer:
 
     def _enter_folder(self) -> None:
         """Check, make and lock the run folder; the main rank's alone, or ranks would race."""
-        self.folder.check(self.recipe, self._resume)
-        if self._trunk is not None:
-            self._trunk.check(self.folder, self.recipe, self._conditions())
+        device, ranks = engine.current_device().type, distributed.world_size()
+        conditions = Conditions(self._data.fingerprint, device, ranks, self._resolved)
+        self._beginning.check(conditions)
         self.folder.create(self.recipe, self._place.folder)
         self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
         self._manager.mend()
         log_to(self.folder.log)
 
-    def _conditions(self) -> Conditions:
-        device, ranks = engine.current_device().type, distributed.world_size()
-        return Conditions(self._data.fingerprint, device, ranks, self._resolved)
-
     def _run(self) -> Outcome:
         for notice in dict.fromkeys(line for r in self._resolved for line in r.notices):
             self._log.say(notice)
         self._watch.mark(0, "looking for a checkpoint", EXPECTED_AT_MOST)
-        origin = self._origin(distributed.on_main(self._choose_tag))
+        tag = distributed.on_main(lambda: self._beginning.choose_tag(self._saver, self._log))
+        origin = self._beginning.origin(tag, self._data)
         self._session_began = time.perf_counter()
         self._state = distributed.on_main(origin.state)
         if self._state.global_step >= self.recipe.total_steps:
@@ -231,11 +214,6 @@ class Trainer:
                 break
             self._switch(self._leave_stage)
         return self._stopped()
-
-    @property
-    def _last_step(self) -> int:
-        """Optimizer steps that are done when this session ends by itself."""
-        return min(self.recipe.total_steps, self._limits.steps or self.recipe.total_steps)
 
     def _stage_data(self) -> bool:
         """Copy what this session reads to each node; False if a rank wants to stop before."""
@@ -258,25 +236,6 @@ class Trainer:
         return Outcome.STOPPED
 
     # -- beginning and resuming ----------------------------------------------------------------
-
-    def _choose_tag(self) -> str | None:
-        """The tag to continue from; the main rank's choice is everybody's."""
-        if self._resume not in ("auto", "never"):
-            if not self.folder.was_rewound_to(self._resume):
-                self._manager.rewind(self._resume)
-                self.folder.note_rewind(self._resume)
-                return self._resume
-            self._log.say(f"this run went back to {self._resume} before and goes on from there; "
-                          f"to go back again delete {self.folder.rewound}")  # fmt: skip
-        return self._saver.latest_tag()
-
-    def _origin(self, tag: str | None) -> Origin:
-        """`tag`: to continue from; None in a new run."""
-        if tag is not None:
-            return Resumed(self.recipe, self._manager, tag)
-        if self._trunk is not None:
-            return Branched(self.recipe, self._data, self._trunk)
-        return NewRun(self.recipe, self._data)
 
     def _begin(self, origin: Origin) -> None:
         """Build the engine that goes on from `origin`; the main rank alone reads."""
@@ -316,23 +275,20 @@ class Trainer:
         while self._state.global_step < end:
             stop = self._train_step(window, device)
             step = self._state.global_step
-            is_last = step == end
-            leaves = step in self._branch_steps
-            saves = leaves or step % self.recipe.checkpoint.every_steps == 0
-            evaluates = step % self.recipe.evaluation.every_steps == 0 or is_last or leaves
+            due = self._timetable.after(step)
             is_limit = step == self._limits.steps
-            is_logged = step % log_every == 0 or evaluates or saves or is_limit
+            is_logged = step % log_every == 0 or due.evaluates or due.saves or is_limit
             # On a GPU the wish to stop is read only where the host waits anyway.
             is_read = device.type == "cpu" or is_logged
             self._is_stopping = is_limit or (is_read and bool(stop.item() > 0))
-            is_stopping = self._is_stopping and not is_last
+            is_stopping = self._is_stopping and step < end
             if is_logged or is_stopping:
                 self._log_window(window)
-            if evaluates:
+            if due.evaluates:
                 self._evaluate()
-            if (saves and not is_last) or is_stopping:
-                self._save(f"{'branch' if leaves else 'step'}_{step:08d}", wait=is_stopping)
-            if evaluates or saves:
+            if (due.saves and step < end) or is_stopping:
+                self._save(due.tag, wait=is_stopping)
+            if due.evaluates or due.saves:
                 window.restart()  # neither is training time
             if is_stopping:
                 return False

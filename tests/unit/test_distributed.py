@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from stacking import distributed
-from stacking.errors import ConfigError, UserError
+from stacking.errors import ConfigError, UserError, everybodys
 
 
 def missing() -> str:
@@ -29,6 +29,21 @@ def test_what_the_user_has_to_mend_is_told_as_everybodys(spread, step) -> None: 
         spread(step)
     assert raised.value.is_everybodys
     assert not ConfigError("alone").is_everybodys
+
+
+@pytest.mark.parametrize(
+    ("rank", "is_shared", "have_met", "tells"),
+    [("0 0", False, True, True), ("0 0", True, False, True), ("3 1", True, True, False),
+     ("3 1", False, True, True), ("3 1", False, False, False), ("2 0", False, False, True)],
+)  # fmt: skip
+def test_a_mistake_is_told_by_one_rank_that_knows_it(
+    rank: str, is_shared: bool, have_met: bool, tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rank`: of all, and on its host; before they meet no rank knows who else has it."""
+    for name, value in zip(("RANK", "LOCAL_RANK"), rank.split(), strict=True):
+        monkeypatch.setenv(name, value)
+    error = everybodys(UserError("a")) if is_shared else UserError("a")
+    assert distributed.tells(error, have_met=have_met) == tells
 
 
 def test_an_error_without_a_file_stays_what_it_is() -> None:

@@ -45,6 +45,11 @@ def test_a_time_limit_is_a_wish_when_it_is_over() -> None:
         assert not stop.is_requested
 
 
+@pytest.mark.parametrize(("steps", "last"), [(None, 9), (4, 4), (20, 9)])
+def test_a_session_ends_at_its_limit_or_with_the_recipe(steps: int | None, last: int) -> None:
+    assert StopLimits(steps=steps).last_step(9) == last
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("2h", 7200), ("90m", 5400), ("1d12h", 129600), ("45s", 45), ("1h1m1s", 3661)],
