@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
@@ -216,6 +216,21 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def vocabulary_sha256(
+    tokens: Iterable[str], merges: Iterable[tuple[str, str]] | None = None
+) -> str:
+    """Hash a vocabulary in id order, a token a line: what `sha256sum vocab.txt` prints.
+
+    The same for `vocab.txt` and `tokenizer.json` of one vocabulary; of BPE also over the `merges`,
+    which decide the ids too.
+    """
+    lines = [] if merges is None else ["", *(f"{first} {second}" for first, second in merges)]
+    digest = hashlib.sha256()
+    for line in (*tokens, *lines):
+        digest.update(f"{line}\n".encode())
     return digest.hexdigest()
 
 

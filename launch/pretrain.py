@@ -16,6 +16,7 @@ from stacking.config_loading import load_recipe
 from stacking.deepspeed_config import load_deepspeed_config
 from stacking.errors import UserError, is_users
 from stacking.run_branch import Trunk
+from stacking.run_start import Start
 from stacking.stopping import Outcome, StopLimits, parse_duration
 from stacking.study import Run, Study
 
@@ -40,6 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--branch-from", default=None, metavar="RUN@STEP",
         help="begin a new run at a saved step of another one, whose steps until there must be "
         "those of this recipe; nothing is copied but its metrics")  # fmt: skip
+    add("--start-from", type=Start.at, default=None, metavar="HF_DIR",
+        help="begin a new run with the weights of any BERT of the first stage's size")  # fmt: skip
     add("--time-limit", default=None, metavar="2h",
         help="stop after this time, committed and resumable, with exit code 3 "
         "(2h, 90m, 1d12h)")  # fmt: skip
@@ -59,7 +62,8 @@ def main() -> int:
     study = None
     try:
         trunk = None if arguments.branch_from is None else Trunk.parse(arguments.branch_from)
-        run = Run(load_recipe(arguments.recipe, arguments.set), arguments.run_dir, trunk)
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        run = Run(recipe, arguments.run_dir, trunk, arguments.start_from)
         seconds = None if arguments.time_limit is None else parse_duration(arguments.time_limit)
         limits = StopLimits(seconds, arguments.max_steps)
         hang_timeout = parse_duration(arguments.hang_timeout, "--hang-timeout")
@@ -85,6 +89,7 @@ def trainer_of(
         run_dir=run.folder,
         resume=arguments.resume,
         branch_from=run.trunk,
+        start_from=run.start,
         strict_precision=arguments.strict_precision,
         limits=limits,
         hang_timeout=hang_timeout,

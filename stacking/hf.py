@@ -210,6 +210,16 @@ def load_pretrained(
     A pooler without a next-sentence head, as encoders have it, counts as lacking too, unless
     `keeps_pooler`: then the head is drawn.
     """
+    model, drawn = load_with_heads(folder, keeps_pooler=keeps_pooler)
+    if "mlm_head" in drawn:
+        logger.warning("%s has no MLM head: it starts at BERT's initialisation, untrained", folder)
+    return model, model.config
+
+
+def load_with_heads(
+    folder: Path, *, keeps_pooler: bool = False
+) -> tuple[BertForPreTraining, frozenset[str]]:
+    """The model as `load_pretrained` reads it, and which modules of it the folder lacks."""
     home, fields = read_home(folder)
     if home is REMOTE:
         weights, missing = read_remote(folder, our_config(fields, home, has_nsp=True))
@@ -228,8 +238,7 @@ def load_pretrained(
         missing, weights = missing - biases, {n: t for n, t in weights.items() if n not in biases}
     model = BertForPreTraining(config)
     model.load_state_dict(from_home(weights, config, home))
-    _draw_missing(model, missing, folder)
-    return model, config
+    return model, _draw_missing(model, missing, folder)
 
 
 def home_config(config: BertConfig, home: Home) -> dict[str, object]:
@@ -375,8 +384,8 @@ def require_tied(weights: dict[str, Tensor], home: Home, folder: Path) -> None:
         )
 
 
-def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) -> None:
-    """Draw heads that the folder lacks, and say so; anything else that is missing is an error."""
+def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) -> frozenset[str]:
+    """Draw heads that the folder lacks; anything else that is missing is an error."""
     beginnings = ("cls.", "lm_head.", "mlm_head.", "seq_relationship.")
     heads = {name for name in missing if name.startswith(beginnings) or "pooler" in name}
     ignored = {name for name in missing if "contact_head" in name or "embed_positions" in name}
@@ -390,12 +399,15 @@ def _draw_missing(model: BertForPreTraining, missing: set[str], folder: Path) ->
     # the same when fine-tuning goes on.
     fresh = BertForPreTraining(model.config)
     init_weights(fresh, torch.Generator().manual_seed(0))
+    drawn = set()
     if any("predictions" in name or "lm_head" in name for name in heads):
         model.mlm_head.load_state_dict(fresh.mlm_head.state_dict())
-        logger.warning("%s has no MLM head: it starts at BERT's initialisation, untrained", folder)
+        drawn.add("mlm_head")
     if any("seq_relationship" in name for name in heads) and model.nsp_head is not None:
         assert fresh.nsp_head is not None
         model.nsp_head.classifier.load_state_dict(fresh.nsp_head.classifier.state_dict())
+        drawn.add("nsp_head.classifier")
+    return frozenset(drawn)
 
 
 def random_ids(config: BertConfig, longest: int = 64) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.shard_format import file_sha256
+from data_prep.shard_format import Manifest, file_sha256
 from stacking import distributed, engine, metrics
 from stacking.config import DataConfig, Learned, Recipe
 from stacking.dataset import (
@@ -42,6 +42,16 @@ class RunData:
             for stage in range(len(recipe.stages)):
                 model, data = recipe.stage_model(stage), recipe.stage_data(stage)
                 check_compatible(shards, model, data, may_cut=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards are read."""
+        return self._data_dir
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What the folder says of itself; None: somebody else's shards."""
+        return self._training.manifest
 
     @property
     def fingerprint(self) -> int:
@@ -130,11 +140,11 @@ class RunData:
         counts = load_token_counts(self._data_dir)
         if counts is None or not distributed.is_main():
             return None
-        manifest = self._training.manifest
-        if manifest is not None and len(counts) != manifest.vocab_size:
+        if self.manifest is not None and len(counts) != self.manifest.vocab_size:
             raise ShardError(
                 f"{self._data_dir}/token_counts.npy: counts {len(counts)} pieces, the manifest's "
-                f"vocabulary has {manifest.vocab_size}; prepare the data again, or delete the file"
+                f"vocabulary has {self.manifest.vocab_size}; prepare the data again, or delete the "
+                "file"
             )
         return metrics.unigram_loss(self._validation_batches(self._recipe.data, 0, 1), counts)
 

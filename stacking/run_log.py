@@ -61,10 +61,10 @@ class RunLog:
         """One line to the user."""
         self._progress.say(line)
 
-    def run_start(self, data: RunData, branch_from: str | None = None) -> None:
+    def run_start(self, data: RunData, origin: Mapping[str, object] | None = None) -> None:
         """The first row; rows of an attempt that left no checkpoint go.
 
-        `branch_from`: the trunk and its step.
+        `origin`: what it tells of where the run began, if not by itself at random weights.
         """
         self._log.clear()
         recipe = self._recipe
@@ -79,7 +79,7 @@ class RunLog:
             "data_fingerprint": data.fingerprint,
             "validation_fingerprint": data.validation_fingerprint,
             "matmul_flops_per_second": self._peak_flops, "versions": versions(),
-            **({"branch_from": branch_from} if branch_from else {}),
+            **(origin or {}),
         })  # fmt: skip
 
     def inherit(self, rows: Iterable[Mapping[str, object]]) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's first state comes from: nothing, a tag of its own, or another run's step."""
+"""Where a run's first state comes from: nothing, a folder, a tag of its own, another run's step."""
 
 from typing import Protocol
 
@@ -7,6 +7,7 @@ import torch
 from stacking import distributed
 from stacking.checkpoint import CheckpointManager, TrainState
 from stacking.config import Recipe
+from stacking.errors import ConfigError
 from stacking.modeling import BertForPreTraining, init_weights
 from stacking.resume import snapshot_for, state_for
 from stacking.run_branch import Conditions, Trunk
@@ -14,6 +15,7 @@ from stacking.run_data import RunData
 from stacking.run_folder import RunFolder, recipe_sha256
 from stacking.run_log import RunLog
 from stacking.run_saving import RunSaver
+from stacking.run_start import FirstWeights, Start, recorded_start
 from stacking.snapshot import Snapshot
 
 
@@ -63,6 +65,32 @@ class NewRun:
         log.run_start(self._data)
 
 
+class Continued(NewRun):
+    """A new run with the weights of a Hugging Face folder."""
+
+    def __init__(
+        self, recipe: Recipe, data: RunData, start: Start, found: FirstWeights | None
+    ) -> None:
+        """`found`: what `start` has, the main rank's alone."""
+        super().__init__(recipe, data)
+        self._start = start
+        self._found = found
+
+    def snapshot(self) -> Snapshot:
+        """The folder's weights; they are handed over."""
+        assert self._found is not None, "read by the main rank before the run began"
+        weights, self._found = self._found.weights, None
+        return Snapshot(weights)
+
+    def announce(self, log: RunLog, state: TrainState) -> None:
+        """A first row that names the folder, and what is to be told of it."""
+        found = self._found
+        log.run_start(self._data, None if found is None else self._start.row(found))
+        log.say(f"beginning with the weights of {self._start.folder}")
+        for note in () if found is None else found.notes:
+            log.say(f"{self._start.folder}: {note}")
+
+
 class Resumed:
     """A committed tag of the run itself."""
 
@@ -104,7 +132,8 @@ class Branched:
 
     def announce(self, log: RunLog, state: TrainState) -> None:
         """A first row of its own, then the trunk's."""
-        log.run_start(self._data, str(self._trunk))
+        origin = {"branch_from": str(self._trunk), **recorded_start(self._trunk.folder)}
+        log.run_start(self._data, origin)
         distributed.only_on_main(lambda: log.inherit(self._trunk.rows(self._recipe)))
         log.say(f"branching from {self._trunk}, to {self._recipe.total_steps} steps")
 
@@ -117,21 +146,47 @@ class Beginning:
         recipe: Recipe,
         folder: RunFolder,
         manager: CheckpointManager,
+        *,
         resume: str,
         trunk: Trunk | None,
+        start: Start | None,
     ) -> None:
-        """`manager`: of the folder; `resume`: auto, never or a tag; `trunk`: --branch-from."""
+        """`manager`: of the folder; `resume`: auto, never or a tag.
+
+        ConfigError where a new run would begin both with a step of `trunk` and with `start`.
+        """
+        if trunk is not None and start is not None:
+            raise ConfigError(
+                f"--start-from: got {start.folder} with --branch-from {trunk}; allowed: one of "
+                "them, as a branch begins with its trunk's weights"
+            )
+        self._start = start
+        self._first: FirstWeights | None = None
         self._recipe = recipe
         self._folder = folder
         self._manager = manager
         self._resume = resume
         self._trunk = trunk
 
-    def check(self, conditions: Conditions) -> None:
-        """UserError where the run cannot begin or go on as asked. Reads only; main rank only."""
+    def enter(self, conditions: Conditions, data: RunData) -> None:
+        """Make, mend and lock the folder; the main rank's alone, or ranks would race.
+
+        UserError, and nothing is made, where the run cannot begin or go on as asked.
+        """
+        self._check(conditions, data)
+        self._folder.create(self._recipe, data.folder)
+        self._folder.write_deepspeed([engine.deepspeed for engine in conditions.engines])
+        self._manager.mend()
+
+    def _check(self, conditions: Conditions, data: RunData) -> None:
         self._folder.check(self._recipe, self._resume)
         if self._trunk is not None:
             self._trunk.check(self._folder, self._recipe, conditions)
+        if self._start is not None:
+            if self._folder.has_begun():
+                self._start.check_began_here(self._folder)
+            else:
+                self._first = self._start.read(self._recipe, data)
 
     def choose_tag(self, saver: RunSaver, log: RunLog) -> str | None:
         """The tag to continue from, None in a new run. Main rank only."""
@@ -150,4 +205,7 @@ class Beginning:
             return Resumed(self._recipe, self._manager, tag)
         if self._trunk is not None:
             return Branched(self._recipe, data, self._trunk)
+        if self._start is not None:
+            first, self._first = self._first, None
+            return Continued(self._recipe, data, self._start, first)
         return NewRun(self._recipe, data)

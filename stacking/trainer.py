@@ -40,6 +40,7 @@ from stacking.run_log import RunLog
 from stacking.run_origin import Beginning, Origin
 from stacking.run_saving import RunSaver
 from stacking.run_staging import DataPlace, Session
+from stacking.run_start import Start
 from stacking.schedule import stage_rates, stage_start
 from stacking.snapshot import Snapshot
 from stacking.stage_switch import SwitchReport, switch_stage
@@ -66,6 +67,7 @@ class Trainer:
         run_dir: Path,
         resume: str = "auto",
         branch_from: Trunk | None = None,
+        start_from: Start | None = None,
         strict_precision: bool = False,
         limits: StopLimits | None = None,
         hang_timeout: float = WatchLimits.hung_after,
@@ -74,6 +76,7 @@ class Trainer:
 
         `stage_data`: a folder on each node's own disk, for copies of the shards that are read.
         `branch_from`: the run whose first steps a new run takes over.
+        `start_from`: the Hugging Face folder with whose weights a new run begins.
         `hang_timeout`: seconds without progress on any rank after which the process ends (exit
         code 4; see rank_watch.py).
 
@@ -95,7 +98,9 @@ class Trainer:
         self._watch = RankWatch(WatchLimits(hung_after=hang_timeout), self._end_at_once)
         self._after_watch = ExitStack()  # what is under way and must be finished
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
-        self._beginning = Beginning(recipe, self.folder, self._manager, resume, branch_from)
+        self._beginning = Beginning(
+            recipe, self.folder, self._manager, resume, branch_from, start_from
+        )
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
         self._resolved: list[ResolvedEngine] = []
@@ -185,7 +190,7 @@ class Trainer:
         """Check, make and lock the run folder; the main rank's alone, or ranks would race."""
         device, ranks = engine.current_device().type, distributed.world_size()
         conditions = Conditions(self._data.fingerprint, device, ranks, self._resolved)
-        self._beginning.check(conditions)
+        self._beginning.check(conditions, self._data)
         self.folder.create(self.recipe, self._place.folder)
         self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
         self._manager.mend()

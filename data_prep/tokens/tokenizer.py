@@ -2,7 +2,6 @@
 tokenizer out.
 """
 
-import hashlib
 import json
 import unicodedata
 from collections import Counter
@@ -23,6 +22,7 @@ from tokenizers import (
 )
 
 from data_prep.errors import DataError
+from data_prep.shard_format import vocabulary_sha256
 
 # In the order of their ids; [PAD]=0 is what NVIDIA's shards and the zero padding of every loader
 # assume.
@@ -70,13 +70,8 @@ class SubwordTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the vocabulary in id order, the same for `vocab.txt` and `tokenizer.json` of one
-        vocabulary; for BPE also of the merges, which decide the ids too.
-        """
-        if self.merges is None:
-            return vocabulary_sha256(self.tokens)
-        lines = (f"{first} {second}" for first, second in self.merges)
-        return vocabulary_sha256([*self.tokens, "", *lines])
+        """Of the vocabulary, as the manifest names it."""
+        return vocabulary_sha256(self.tokens, self.merges)
 
     @cached_property
     def special_token_ids(self) -> dict[str, int]:
@@ -213,14 +208,6 @@ def from_tokens(tokens: Sequence[str], origin: str = "vocabulary") -> SubwordTok
     vocabulary = {token: index for index, token in enumerate(tokens)}
     model = models.WordPiece(vocabulary, unk_token=special["unk"], max_input_chars_per_word=100)
     return SubwordTokenizer(_finished(model, vocabulary, special), list(tokens), special)
-
-
-def vocabulary_sha256(tokens: Iterable[str]) -> str:
-    """Hash a vocabulary in id order, a token a line: what `sha256sum vocab.txt` prints."""
-    digest = hashlib.sha256()
-    for token in tokens:
-        digest.update(f"{token}\n".encode())
-    return digest.hexdigest()
 
 
 def _bpe(tokens: Sequence[str], merges: Merges) -> SubwordTokenizer:
