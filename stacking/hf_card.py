@@ -19,6 +19,7 @@ from stacking.errors import GrowthError
 from stacking.hf import MAX_LOGIT_DIFFERENCE, ExportReport
 from stacking.hf_card_facts import NOT_KNOWN, RunFacts, one_line
 from stacking.hf_side_files import sealed
+from stacking.report_metrics import RunStart
 from stacking.stage_growth import StageGrowth
 
 LICENSE_IDS = (
@@ -97,9 +98,10 @@ def _summary(facts: RunFacts, config: BertConfig) -> str:
     depths = [stage.num_hidden_layers for stage in facts.recipe.stages[: facts.state.stage + 1]]
     grown = sorted(set(depths))
     history = "" if len(grown) == 1 else f", grown from {' over '.join(map(str, grown))} layers"
+    began = "" if facts.beginning == NOT_KNOWN else f"from {plain(facts.beginning)} "
     return (
         f"A BERT of {config.num_hidden_layers} layers, {config.hidden_size:,} wide, pre-trained "
-        f"from random weights as a masked language model{history}."
+        f"{began}as a masked language model{history}."
     )
 
 
@@ -178,6 +180,7 @@ def _training(facts: RunFacts) -> Iterator[str]:
     device = NOT_KNOWN if start is None else f"{plain(start.device)}, ranks: {start.world_size:,}"
     clip = recipe.optimizer.max_grad_norm
     yield from _table(("", ""), [
+        ("began from", plain(facts.beginning) + _digest_of_start(start)),
         ("checkpoint", f"{plain(facts.tag)}: step {state.global_step:,} of {recipe.total_steps:,}"),
         ("optimizer", f"{plain(facts.optimizer)}, betas {betas[0]:g} and {betas[1]:g}, eps "
                       f"{recipe.optimizer.eps:g}, weight decay {recipe.optimizer.weight_decay:g}, "
@@ -200,6 +203,10 @@ def _training(facts: RunFacts) -> Iterator[str]:
     head = ("stage", "steps done", "layers x hidden", "heads", "inner", "sequence", "form",
             "growth on entry", "moments on entry")  # fmt: skip
     yield from _table(head, (_stage(facts, index) for index in range(len(recipe.stages))))
+
+
+def _digest_of_start(start: RunStart | None) -> str:
+    return f", sha256 `{plain(start.start_sha256)}`" if start and start.start_from else ""
 
 
 def _versions(text: str) -> str:
@@ -240,14 +247,14 @@ def _stage(facts: RunFacts, index: int) -> tuple[str, ...]:
         _inner(model),
         f"{recipe.stage_data(index).max_seq_length:,}",
         plain(", ".join(form)),
-        plain(_growth(recipe, index)),
+        plain(_growth(recipe, index) if index else facts.beginning),
         plain(stage.moments if index else ""),
     )
 
 
 def _growth(recipe: Recipe, index: int) -> str:
     try:
-        return StageGrowth(recipe, index).name if index else "random weights"
+        return StageGrowth(recipe, index).name
     except GrowthError:  # another version's, which this one would not do
         return NOT_KNOWN
 

@@ -34,6 +34,14 @@ class RunFacts:
     languages: tuple[str, ...]
 
     @property
+    def beginning(self) -> str:
+        """The first weights, shortly: no path of the machine that trained."""
+        if self.metrics is None:
+            return NOT_KNOWN
+        folder = self.metrics.start.start_from
+        return f"the weights of {Path(folder).name}" if folder else "random weights"
+
+    @property
     def evaluation(self) -> EvaluationRow | None:
         """The last evaluation of the exported stage up to the exported step."""
         state, rows = self.state, self.metrics.evaluations if self.metrics else ()

@@ -21,7 +21,7 @@ from stacking.report_html import (
     signed,
     table,
 )
-from stacking.report_metrics import RunMetrics, read_metrics
+from stacking.report_metrics import RunMetrics, RunStart, read_metrics
 from stacking.report_spikes import WINDOWS, Spike, spikes
 
 __all__ = ["RunMetrics", "Summary", "read_metrics", "summarize", "write_report"]
@@ -285,6 +285,11 @@ def _environment(run: RunMetrics) -> str:
         ("precision", html.escape(start.precision)),
         ("resumed", f"{run.num_resumes} times" if run.num_resumes else "never"),
         *([("branched from", html.escape(start.branch_from))] if start.branch_from else []),
+        *([("began with", html.escape(_first_weights(start)))] if start.start_from else []),
         ("whole configuration", "recipe.json and deepspeed.json beside this page"),
     ]
     return table((), rows)
+
+
+def _first_weights(start: RunStart) -> str:
+    return f"the weights of {start.start_from}, sha256 {start.start_sha256}"

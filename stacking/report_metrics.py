@@ -38,6 +38,8 @@ class RunStart:
     data_fingerprint: int | None = None  # of the training shards; None in runs of older versions
     validation_fingerprint: int | None = None
     branch_from: str = ""  # RUN@STEP whose rows come first; empty: it began by itself
+    start_from: str = ""  # folder whose weights were its first ones; empty: random ones
+    start_sha256: str = ""  # of those
     device_name: str = ""  # such as "NVIDIA A100-SXM4-80GB"; empty in runs of older versions
     matmul_flops_per_second: float = math.nan  # dense products of all ranks together
     versions: str = ""  # of torch, DeepSpeed and this trainer; empty in runs of older versions
@@ -266,6 +268,8 @@ def _start(row: Row) -> RunStart:
         data_fingerprint=_fingerprint(row, "data_fingerprint"),
         validation_fingerprint=_fingerprint(row, "validation_fingerprint"),
         branch_from=str(row.get("branch_from", "")),
+        start_from=str(row.get("start_from", "")),
+        start_sha256=str(row.get("start_sha256", "")),
         device_name=str(row.get("device_name") or ""),
         matmul_flops_per_second=_float(row, "matmul_flops_per_second"),
         versions=str(row.get("versions", "")),

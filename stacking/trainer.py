@@ -99,8 +99,9 @@ class Trainer:
         self._after_watch = ExitStack()  # what is under way and must be finished
         self._manager = CheckpointManager(self.folder.checkpoints, recipe.checkpoint.keep_last)
         self._beginning = Beginning(
-            recipe, self.folder, self._manager, resume, branch_from, start_from
-        )
+            recipe, self.folder, self._manager,
+            resume=resume, trunk=branch_from, start=start_from,
+        )  # fmt: skip
         self._engine: TrainEngine | None = None
         self._loader: PretrainingLoader | None = None
         self._resolved: list[ResolvedEngine] = []
@@ -187,13 +188,9 @@ class Trainer:
         self._resolved = [place_monitors(stage, self.folder.path) for stage in resolved]
 
     def _enter_folder(self) -> None:
-        """Check, make and lock the run folder; the main rank's alone, or ranks would race."""
         device, ranks = engine.current_device().type, distributed.world_size()
         conditions = Conditions(self._data.fingerprint, device, ranks, self._resolved)
-        self._beginning.check(conditions, self._data)
-        self.folder.create(self.recipe, self._place.folder)
-        self.folder.write_deepspeed([resolved.deepspeed for resolved in self._resolved])
-        self._manager.mend()
+        self._beginning.enter(conditions, self._data)
         log_to(self.folder.log)
 
     def _run(self) -> Outcome:

@@ -37,8 +37,8 @@ FLAGS = {
     "prepare_data.py check": {JSON, "--tokenizer"},
     "pretrain.py": {
         "--recipe", "--data", "--run-dir", "--deepspeed_config", "--set", "--resume",
-        "--branch-from", "--strict-precision", "--time-limit", "--max-steps", "--hang-timeout",
-        "--stage-data",
+        "--branch-from", "--start-from", "--strict-precision", "--time-limit", "--max-steps",
+        "--hang-timeout", "--stage-data",
     },
     "doctor.py": {
         "--hostfile", "--recipe", "--set", "--deepspeed_config", "--data", "--run-dir",
