@@ -43,12 +43,8 @@ def parse_arguments() -> argparse.Namespace:
         "those of this recipe; nothing is copied but its metrics")  # fmt: skip
     add("--start-from", type=Start.at, default=None, metavar="HF_DIR",
         help="begin a new run with the weights of any BERT of the first stage's size")  # fmt: skip
-    add(
-        "--time-limit",
-        default=None,
-        metavar="2h",
-        help="stop after this time (1d12h, 90m), committed and resumable, with exit code 3",
-    )
+    add("--time-limit", default=None, metavar="2h",
+        help="stop after this time (1d12h, 90m), committed and resumable, code 3")  # fmt: skip
     add("--max-steps", type=int, default=None, metavar="N",
         help="stop likewise when the whole run has done N optimizer steps")  # fmt: skip
     add("--hang-timeout", default="5m", metavar="5m",
