@@ -199,6 +199,8 @@ def _facts(run: Run) -> dict[str, str]:
         "device's name": start.device_name or _UNKNOWN,
         "ranks": start.world_size,
         "precision": start.precision,
+        # What trained weights had cost before is charged to nobody.
+        "first weights": start.start_sha256 or "random",
     }
     return {name: str(value) for name, value in values.items()}
 

@@ -230,6 +230,7 @@ def test_a_role_that_a_run_cannot_play_is_refused(tmp_path: Path) -> None:
         ({"global_batch_size": 8}, {}, "global_batch_size: 4 in .*; 8 in"),
         ({"model": {"vocab_size": 60}}, {}, "vocab_size: 50 in .*; 60 in"),
         ({}, {"device": "cuda:0"}, "device: cpu in .*; cuda:0 in"),
+        ({}, {"start_sha256": "ab12"}, "first weights: random in .*; ab12 in"),
     ],
 )
 def test_runs_of_different_tasks_are_refused_with_the_values_of_each(

@@ -189,6 +189,25 @@ def test_a_card_of_an_earlier_step_knows_nothing_of_later_ones(run_dir: Path) ->
     assert cells(at_switch)["2"][0] == "0 of 6"
 
 
+def test_a_card_tells_the_weights_that_the_run_began_with(run_dir: Path) -> None:
+    """By name: where they lay on the machine that trained is nobody's business."""
+    facts = facts_of(run_dir, "stage3_end")
+    text = card(facts, report_of(facts.recipe))
+    assert "pre-trained from random weights as" in text
+    assert cells(text)["began from"] == ["random weights"]
+    path = run_dir / "metrics.jsonl"
+    first, _, others = path.read_text().partition("\n")
+    start = {"start_from": "/home/me/other|bert", "start_sha256": "ab" * 32}
+    path.write_text(json.dumps({**json.loads(first), **start}) + "\n" + others)
+    facts = facts_of(run_dir, "stage3_end")
+    text = card(facts, report_of(facts.recipe))
+    assert "random weights" not in text
+    assert "/home/me" not in text
+    assert r"pre-trained from the weights of other\|bert as" in text
+    assert cells(text)["began from"] == [f"the weights of other|bert, sha256 {'ab' * 32}"]
+    assert cells(text)["1"][-2] == "the weights of other|bert"
+
+
 def test_what_the_run_did_not_keep_is_said(tmp_path: Path) -> None:
     write_run(tmp_path / "run", recipe_of(), whole=False)
     facts = facts_of(tmp_path / "run", "stage3_end")
@@ -197,6 +216,8 @@ def test_what_the_run_did_not_keep_is_said(tmp_path: Path) -> None:
     assert "so its losses are not known" in text
     assert "Licence of the data: not stated." in text
     assert cells(text)["trained with"] == ["not known"]
+    assert cells(text)["began from"] == ["not known"]
+    assert "wide, pre-trained as a masked language model" in text
     assert cells(text)["optimizer"][0].startswith("optimizer not known")
     for name in ("metrics.jsonl", "manifest.json", "deepspeed.json"):
         (tmp_path / "run" / name).write_text('{"event": ')

@@ -195,6 +195,16 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_bytes() == first
 
 
+def test_the_page_names_the_weights_that_a_run_began_with(tmp_path: Path) -> None:
+    rows = whole_run()
+    start = {"start_from": "models/a<b>", "start_sha256": "ab" * 32}
+    write(tmp_path, [{**rows[0], **start}, *rows[1:]])
+    text = write_report(tmp_path).read_text()
+    assert f"the weights of models/a&lt;b&gt;, sha256 {'ab' * 32}" in text
+    write(tmp_path, rows)
+    assert "the weights of" not in write_report(tmp_path).read_text()
+
+
 def test_a_run_name_cannot_break_the_page(tmp_path: Path) -> None:
     write(tmp_path, [start_row(name="<script>$lead & co \u00e9"), *whole_run()[1:]])
     text = write_report(tmp_path).read_text()
