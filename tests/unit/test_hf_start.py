@@ -13,14 +13,17 @@ from squad_sets import tokenizer
 from transformers import BertConfig, BertModel
 
 from data_prep.tokens.tokenizer import count_characters, load_tokenizer, train_tokenizer
+from stacking.checkpoint import CheckpointManager
 from stacking.config import Recipe
 from stacking.errors import ConfigError, UserError
 from stacking.hf import home_config, save_pretrained
 from stacking.hf_homes import BERT, to_home
 from stacking.hf_start import first_weights
 from stacking.modeling import BertForPreTraining, init_weights
+from stacking.run_branch import Trunk
 from stacking.run_data import RunData
 from stacking.run_folder import RunFolder
+from stacking.run_origin import Beginning
 from stacking.run_start import FirstWeights, Start
 
 STAGES = [{"num_hidden_layers": 1, "steps": 3}, {"num_hidden_layers": 2, "steps": 3}]
@@ -116,7 +119,7 @@ def test_all_differences_are_told_at_once_with_what_to_do(export: Path, data: Ru
         "stages.0.intermediate_size=48\n",
         "--set model.layer_norm_eps=1e-12", '--set model.hidden_act="gelu"',
         '--set model.position="learned"', "--set model.num_nsp_labels=2",
-        "--set model.mlm_bias=true", "vocab_size: 40 in the recipe, 94 in the folder",
+        "--set model.mlm_bias=true", "vocab_size: 40 in the recipe, 105 in the folder",
         f"launch/grow.py --model {export} --to num_hidden_layers=2 hidden_size=64 "
         "num_attention_heads=4 intermediate_size=64 --out NEW_DIR",
     ):  # fmt: skip
@@ -259,3 +262,10 @@ def test_a_run_goes_on_from_the_folder_with_which_it_began_alone(
         return
     with pytest.raises(ConfigError, match=re.escape(message)):
         Start(Path(given)).check_began_here(own)
+
+
+def test_a_run_has_one_beginning(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "own")
+    manager, trunk = CheckpointManager(folder.checkpoints), Trunk(tmp_path / "trunk", 3)
+    with pytest.raises(ConfigError, match=r"--start-from: got hf with --branch-from .*trunk@3"):
+        Beginning(recipe_of(), folder, manager, resume="auto", trunk=trunk, start=Start.at("hf"))
