@@ -132,8 +132,8 @@ class Branched:
 
     def announce(self, log: RunLog, state: TrainState) -> None:
         """A first row of its own, then the trunk's."""
-        origin = {"branch_from": str(self._trunk), **recorded_start(self._trunk.folder)}
-        log.run_start(self._data, origin)
+        begun = distributed.only_on_main(lambda: recorded_start(self._trunk.folder)) or {}
+        log.run_start(self._data, {"branch_from": str(self._trunk), **begun})
         distributed.only_on_main(lambda: log.inherit(self._trunk.rows(self._recipe)))
         log.say(f"branching from {self._trunk}, to {self._recipe.total_steps} steps")
 
@@ -161,7 +161,7 @@ class Beginning:
                 "them, as a branch begins with its trunk's weights"
             )
         self._start = start
-        self._first: FirstWeights | None = None
+        self._first: FirstWeights | None = None  # once they are checked; the main rank's alone
         self._recipe = recipe
         self._folder = folder
         self._manager = manager
