@@ -35,15 +35,13 @@ Case = tuple[int, str, int, str]
 """ZeRO stage, precision, checkpoint interval, backend or "none"."""
 MOST_DEVIATION = {"fp32": 2e-5, "bf16": 0.05}
 QUICK: list[Case] = [(1, "fp32", 1, "aot_eager")]
-INDUCTOR: list[Case] = [(1, "fp32", 1, "inductor")]
-EVERYWHERE: list[Case] = [*QUICK, (2, "bf16", 2, "none")] + [
-    (zero, precision, 1, backend)
+SOAK: list[Case] = [(1, "fp32", 1, "inductor"), (0, "fp32", 1, "aot_eager"),
+                    (2, "bf16", 1, "aot_eager")]  # fmt: skip
+SLOW: list[Case] = [(2, "bf16", 2, "none")] + [
+    (zero, precision, 1, "none")
     for zero in (0, 1, 2, 3)
     for precision in ("fp32", "bf16")
-    for backend in ("none", "aot_eager")
-    if (zero or precision == "fp32")
-    and (backend == "none" or (zero, precision) in ((0, "fp32"), (2, "bf16")))
-    and (zero, precision, 1, backend) not in QUICK
+    if zero or precision == "fp32"
 ]
 
 
@@ -120,9 +118,8 @@ def compare(cases: list[Case]) -> dict[Case, Compared]:
 
 @functools.cache
 def compared(kind: str) -> list[dict[Case, Compared]]:
-    """By rank, of two; the slow cases in processes of their own."""
-    rest = [case for case in EVERYWHERE if case not in QUICK]
-    cases = {"quick": QUICK, "slow": rest, "inductor": INDUCTOR}[kind]
+    """By rank, of two; each kind in processes of its own."""
+    cases = {"quick": QUICK, "slow": SLOW, "soak": SOAK}[kind]
     return run_on_ranks(compare, 2, cases)  # type: ignore[return-value]
 
 
@@ -131,12 +128,12 @@ CASE = pytest.mark.parametrize(
     [
         pytest.param(
             case,
-            kind := "quick" if case in QUICK else "inductor" if case in INDUCTOR else "slow",
+            kind := "quick" if case in QUICK else "soak" if case in SOAK else "slow",
             id="-".join(map(str, case)),
             # test_engine_options.py has the quick ones.
-            marks=[pytest.mark.slow, *[pytest.mark.soak] * (case in INDUCTOR)],
+            marks=[pytest.mark.slow, *[pytest.mark.soak] * (case in SOAK)],
         )
-        for case in EVERYWHERE + INDUCTOR
+        for case in QUICK + SLOW + SOAK
     ],
 )
 

@@ -162,7 +162,7 @@ def test_what_was_once_a_fault_is_refused(case: Case, world: Path, sandbox: Sand
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [20, pytest.param(80, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [10, pytest.param(80, marks=pytest.mark.soak)])
 def test_what_is_accepted_also_trains(count: int, world: Path, sandbox: Sandbox) -> None:
     verdicts = fuzz("train", count, world, sandbox)
     assert verdicts["accepted"] >= count // 8
