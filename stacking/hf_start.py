@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_prep.plain_files import read_plain
@@ -23,7 +22,7 @@ from stacking.hf import load_with_heads, read_home
 from stacking.hf_tokenizer import DIGEST_FIELD, TOKENIZER
 from stacking.hf_vocabulary import ROWS_BY_ID
 from stacking.modeling import BertForPreTraining, init_weights
-from stacking.pretrained import require_tokenizer
+from stacking.pretrained import parse_tokenizer, require_tokenizer
 from stacking.run_data import RunData
 from stacking.run_start import FirstWeights
 
@@ -202,11 +201,8 @@ def _words(folder: Path, digest: str = "") -> str:
 
 def _sha256_of_words(content: bytes, path: Path) -> str:
     """Of a tokenizer.json; ConfigError if it is none."""
-    try:
-        vocabulary = Tokenizer.from_str(content.decode()).get_vocab()
-        model = json.loads(content)["model"]
-    except Exception as error:  # `tokenizers` raises Exception itself: the boundary of a library
-        raise ConfigError(f"{path}: not a tokenizer.json: {error}") from error
+    vocabulary = parse_tokenizer(content, path).get_vocab()
+    model = json.loads(content)["model"]
     # Older versions of the library join the two of a merge with a space.
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ()))
     merges = [(first, second) for first, second in pairs] if model.get("type") == "BPE" else None

@@ -128,11 +128,16 @@ def _read_tokenizer(path: Path) -> bytes:
         ) from error
 
 
-def _tokenizer(content: bytes, path: Path, config: BertConfig) -> Tokenizer:
+def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """Of a tokenizer.json; ConfigError if it is none."""
     try:
-        tokenizer = Tokenizer.from_str(content.decode())
+        return Tokenizer.from_str(content.decode())
     except Exception as error:  # `tokenizers` raises Exception itself: the boundary of a library
         raise ConfigError(f"{path}: not a tokenizer.json: {error}") from error
+
+
+def _tokenizer(content: bytes, path: Path, config: BertConfig) -> Tokenizer:
+    tokenizer = parse_tokenizer(content, path)
     largest = max(tokenizer.get_vocab().values(), default=-1)  # no token: `special_ids` tells
     if largest >= config.vocab_size:
         raise ConfigError(
