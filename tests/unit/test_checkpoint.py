@@ -69,6 +69,29 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
             assert torch.equal(back.moments[key][name], tensor)
 
 
+def test_all_bytes_are_on_the_disk_before_the_tag_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync, rename = list[str](), os.fsync, Path.rename
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def named(path: Path, target: Path) -> Path:
+        synced.append("the name")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", named)
+    CheckpointManager(tmp_path).save("t", snapshot(), state(7))
+    before, after = synced[: synced.index("the name")], synced[synced.index("the name") + 1 :]
+    files = [path.name for path in (tmp_path / "t").iterdir()]
+    assert sorted(before[:-1]) == sorted(files)
+    assert before[-1].startswith(".t.")  # the folder's own entries
+    assert after == [tmp_path.name]
+
+
 def test_the_state_file_is_short_and_names_each_cohort(tmp_path: Path) -> None:
     CheckpointManager(tmp_path).save("t", snapshot(), state(7))
     cohorts = json.loads((tmp_path / "t" / "state.json").read_text())["cohorts"]
