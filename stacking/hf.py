@@ -5,7 +5,6 @@ offline, compares logits and only then renames it. `load_pretrained` reads the f
 hf_homes.py, also encoder-only ones, and our own class without running its code.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -51,6 +50,7 @@ from stacking.hf_side_files import CARD, replace_folder, require_replaceable
 from stacking.hf_tokenizer import (
     DIGEST_FIELD,
     TOKENIZER,
+    content_sha256,
     read_tokenizer,
     write_tokenizer,
 )
@@ -158,7 +158,7 @@ def save_pretrained(
 
 def _digest_field(folder: Path) -> dict[str, object]:
     path = folder / TOKENIZER
-    return {DIGEST_FIELD: hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+    return {DIGEST_FIELD: content_sha256(path.read_bytes())} if path.is_file() else {}
 
 
 def verify(

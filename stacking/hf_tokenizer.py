@@ -4,6 +4,7 @@ A model's vocabulary may be padded to a round number; the rows behind the tokeni
 for nothing, and `trim_vocabulary` leaves them out.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from stacking.errors import CheckpointError, ConfigError
 
 TOKENIZER = "tokenizer.json"
 DIGEST_FIELD = "tokenizer_sha256"
-"""Of an export's config.json: which tokenizer.json its model reads."""
+"""Of an export's config.json: `content_sha256` of the tokenizer.json that its model reads."""
 # BERT's names first; the others are those of byte-level vocabularies such as RoBERTa's.
 SPECIAL_TOKENS = {
     "unk_token": ("[UNK]", "<unk>"),
@@ -89,6 +90,19 @@ def write_tokenizer(
     vocabulary = sorted(model["vocab"].items(), key=lambda item: item[1])
     lines = "".join(f"{token}\n" for token, _ in vocabulary)
     (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+
+
+def content_sha256(tokenizer: bytes) -> str:
+    """A digest of what a tokenizer.json says, however it is laid out.
+
+    transformers writes a folder's tokenizer.json anew, in another layout and with its last padding
+    and truncation, which are the caller's. ValueError where it is no JSON object.
+    """
+    content = json.loads(tokenizer)
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    said = {name: content[name] for name in content.keys() - {"padding", "truncation"}}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _check_vocabulary(

@@ -15,7 +15,7 @@ from stacking.config import BertConfig, Recipe
 from stacking.config_loading import load_recipe
 from stacking.errors import CheckpointError, ConfigError
 from stacking.hf import load_pretrained, read_home
-from stacking.hf_tokenizer import DIGEST_FIELD, TOKENIZER
+from stacking.hf_tokenizer import DIGEST_FIELD, TOKENIZER, content_sha256
 from stacking.modeling import BertForPreTraining
 from stacking.resume import state_for
 
@@ -107,15 +107,23 @@ def load(folder: Path, tag: str | None = None, tokenizer: Path | None = None) ->
 def require_tokenizer(content: bytes, digest: str, path: Path, folder: Path) -> str:
     """The sha256 of a tokenizer.json; ConfigError if the model in `folder` says another one.
 
-    `digest` is what it says, "" if nothing.
+    `digest` is what it says, "" if nothing: the sha256 of the file, as a run says it, or of its
+    content, as an export says it, which transformers may have saved again in another layout.
     """
     found = hashlib.sha256(content).hexdigest()
-    if digest and found != digest:
+    if digest and digest not in (found, _content_sha256(content)):
         raise ConfigError(
             f"{path}: is not the tokenizer that {folder} was trained with, by its sha256 (got "
             f"{found[:12]}, the model says {digest[:12]}); give that one"
         )
     return found
+
+
+def _content_sha256(content: bytes) -> str:
+    try:
+        return content_sha256(content)
+    except ValueError:  # also what is not UTF-8
+        return ""
 
 
 def _read_tokenizer(path: Path) -> bytes:

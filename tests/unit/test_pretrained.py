@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fine_tuned import VOCABULARY, fresh_model, main_of, swap_two_tokens, write_model
-from transformers import BertConfig, BertModel
+from transformers import AutoModelForPreTraining, AutoTokenizer, BertConfig, BertModel
 
 from data_prep.shard_format import file_sha256
 from stacking.errors import CheckpointError, ConfigError, UserError
@@ -87,6 +87,24 @@ def test_a_changed_tokenizer_is_refused(kind: str, run: Path, export: Path) -> N
     with pytest.raises(ConfigError, match="give the tokenizer.json of the pre-training with --tok"):
         load(folder)
     assert load(folder, tokenizer=Path(good)).is_tokenizer_checked
+
+
+def test_an_export_that_transformers_saved_again_is_still_checked(
+    export: Path, tmp_path: Path
+) -> None:
+    """As after continuing it elsewhere: the same tokenizer in another layout, cut and padded."""
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    tokenizer(["ab", "abab"], padding=True, truncation=True, max_length=4)
+    again = tmp_path / "again"
+    tokenizer.save_pretrained(again)
+    AutoModelForPreTraining.from_pretrained(export).save_pretrained(again)
+    assert (again / "tokenizer.json").read_bytes() != (export / "tokenizer.json").read_bytes()
+    assert load(again).is_tokenizer_checked
+    content = json.loads((again / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (again / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"is not the tokenizer that {again} was trained with"):
+        load(again)
 
 
 def test_an_export_of_a_run_with_a_changed_tokenizer_is_refused(
