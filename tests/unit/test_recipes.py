@@ -34,7 +34,7 @@ def test_all_promised_files_are_there() -> None:
     systems = ("scratch", "stackingbert", "mslt", "compoundgrow")
     promised = {f"{system}_{size}" for system in systems for size in ("base", "large", "small")}
     promised |= {"demo", "bert_base", "bert_large", "modern_base", "modern_small"}
-    promised |= {"switch_times_small"}
+    promised |= {"best_base", "best_small", "best_12x64", "scratch_12x64", "switch_times_small"}
     promised |= {"tiny_test", "mslt_tiny", "compoundgrow_tiny"}
     assert {path.stem for path in RECIPE_FILES} == promised
     assert {
@@ -160,6 +160,7 @@ BASELINES = {
     "mslt_small": "scratch_small",
     "compoundgrow_small": "scratch_small",
     "modern_small": "scratch_small",
+    "best_small": "scratch_small",
 }
 OWN_RATE = ("mslt_base", "mslt_large", "compoundgrow_base", "compoundgrow_large")
 
@@ -253,6 +254,33 @@ def test_the_modern_recipe_hops_once_at_half_time_while_the_rate_is_constant(nam
     around = (total // 2 - 1, total // 2, total * 3 // 4)
     assert [learning_rate(step, rate, total) for step in around] == [rate.peak] * 3
     assert rate.decay_steps * 5 == total
+
+
+@pytest.mark.parametrize("name", ["best_base", "best_small", "best_12x64"])
+def test_the_best_recipe_grows_to_a_quarter_and_late_to_all_while_the_rate_is_constant(
+    name: str,
+) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.json")
+    total, rate, depth = recipe.total_steps, recipe.learning_rate, recipe.model.num_hidden_layers
+    assert [stage.num_hidden_layers for stage in recipe.stages] == [1, depth // 4, depth]
+    last = recipe.stages[-1]
+    assert (last.depth, last.moments) == ("stack", "keep")
+    assert last.rewarm is not None
+    assert (last.rewarm.parameters, last.rewarm.factor) == ("new", 1.3)
+    assert total / 7 < last.steps <= total / 4
+    assert rate.decay_steps < last.steps
+    assert learning_rate(total - last.steps, rate, total) == rate.peak
+
+
+def test_the_best_recipe_and_its_baseline_differ_in_how_they_are_trained_only() -> None:
+    best, scratch = (
+        load_recipe(RECIPES / f"{name}.json") for name in ("best_12x64", "scratch_12x64")
+    )
+    own = {"name": "", "description": "", "stages": (), "branches": (),
+           "learning_rate": scratch.learning_rate}  # fmt: skip
+    assert scratch.model_copy(update=own) == best.model_copy(update=own)
+    assert scratch.learning_rate.peak == best.learning_rate.peak
+    assert scratch.learning_rate.warmup_steps == best.learning_rate.warmup_steps
 
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if name.endswith("small")])
