@@ -13,6 +13,7 @@ from statistics import fmean
 
 import numpy as np
 
+from stacking.comparison_controls import ControlVerdict, verdicts_on
 from stacking.comparison_costs import (
     AXES,
     TIME,
@@ -24,11 +25,9 @@ from stacking.comparison_costs import (
 from stacking.comparison_frontier import Floats, Frontier, Interval, Noise, interval
 from stacking.comparison_groups import Group, groups_of
 from stacking.comparison_runs import Run, refuse_other_places, unchecked
-from stacking.cost import num_parameters
 from stacking.errors import UserError
 
-SCRATCH, GROWN, CONTROL = range(3)  # streams of the bootstrap
-ABOUT_EQUAL = 0.95  # share of a run's cost from which a control counts as trained for as long
+SCRATCH, GROWN = range(2)  # streams of the bootstrap; comparison_controls has its own
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,6 @@ class Speedup:
     def gain(self) -> float:
         """t0/t - 1."""
         return self.ratio - 1
-
-
-@dataclass(frozen=True)
-class ControlVerdict:
-    """The grown recipe against the small model that never grew, at equal reference time."""
-
-    grown: str
-    control: str
-    verdict: str  # "loses", "wins" or "undecided", said of the control
-    nats: float  # the control's loss less the grown recipe's; NaN where not known
-    interval: Interval
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -116,9 +103,10 @@ def compare(
     timed: Sequence[Run] = (),
 ) -> Comparison:
     """Compare runs of `read_runs`. `baseline`, `control`: folders of some of them, if not found
-    by what they train: one stage of the target's size; of a grown run's first model. `pilots`: runs
-    by which the grown recipes were chosen; each of these is charged for all of them. `timed`: runs
-    that had the machine for themselves; their rows alone say what a step takes, if there are any.
+    by what they train: one stage, of the target's size; of a grown run's smaller ones, which are
+    controls besides the named one. `pilots`: runs by which the grown recipes were chosen; each of
+    these is charged for all of them. `timed`: runs that had the machine for themselves; their rows
+    alone say what a step takes, if there are any.
 
     UserError where no scratch run counts, grown runs end at different sizes, a role is named for
     a run that cannot play it, pilots were timed elsewhere, or `timed` lacks a configuration.
@@ -135,7 +123,9 @@ def compare(
     scratch = _scratch_that_counts(groups)
     noise = Noise.of([group.losses for group in groups], [group.family for group in groups])
     measures = {axis: measure_of(scratch, axis, noise) for axis in AXES}
-    speedups, controls = {}, []
+    named = next((run.target for run in runs if run.folder == control), None)
+    speedups: dict[str, tuple[Speedup, ...]] = {}
+    controls: list[ControlVerdict] = []
     for group in groups:
         if group.role == "scratch" or not group.counted:
             continue
@@ -144,7 +134,7 @@ def compare(
             speedup_of(group, axis, measures[axis], errors) for axis in AXES
         )
         if group.role == "grown":
-            controls.append(_against_control(group, groups, noise, control))
+            controls += verdicts_on(group, groups, noise, errors, named)
     notes = (*unchecked(runs), *_notes(groups, scratch, noise), *_pilot_notes(pilots, step_seconds))
     return Comparison(groups, step_seconds, measures, noise, speedups, tuple(controls), notes)
 
@@ -243,59 +233,6 @@ def _outside(group: Group, axis: str, frontier: Frontier) -> str:
             f"is below {ratio:.2f}; add a shorter scratch run to know it"
         )
     return ""
-
-
-def _against_control(
-    grown: Group, groups: Sequence[Group], noise: Noise, named: Path | None
-) -> ControlVerdict:
-    """At the grown recipe's reference time: what does its first model reach alone?"""
-    first, cost = grown.first.recipe.stage_model(0), grown.cost(TIME)
-    controls = [
-        group
-        for group in groups
-        if group.role == "control" and (named or group.first.target == first)
-        and group.cost(TIME) > 0
-    ]  # fmt: skip
-    if not controls or not cost > 0:
-        reason = (
-            f"no never-grown control: train its first model ({first.num_hidden_layers} layers, "
-            f"{num_parameters(first):,} parameters) alone for as long, {cost:,.0f} s"
-        )
-        if not cost > 0:  # NaN, too
-            reason = "the grown recipe's reference time is not known"
-        return ControlVerdict(grown.name, "none", "undecided", math.nan, Interval(), reason)
-    points = [(group.cost(TIME) / cost, group.loss) for group in controls]
-    nats = _loss_at_equal_cost(points) - grown.loss
-    fewest = min(len(group.counted) for group in controls)
-    errors = noise.draws(fewest, CONTROL) - seed_errors(noise, grown, groups)
-    found = interval(nats + errors)
-    verdict, reason = _judge(nats, found, [share for share, _ in points])
-    names = ", ".join(group.name for group in controls)
-    return ControlVerdict(grown.name, names, verdict, nats, found, reason)
-
-
-def _loss_at_equal_cost(points: Sequence[tuple[float, float]]) -> float:
-    """Of (share of the cost, loss): between two of them, or the best that costs no more."""
-    between = Frontier.of(points).loss_at(1.0)
-    if math.isfinite(between):
-        return between
-    affordable = [loss for share, loss in points if share <= 1 / ABOUT_EQUAL]
-    return min(affordable or [loss for _, loss in points])
-
-
-def _judge(nats: float, found: Interval, shares: Sequence[float]) -> tuple[str, str]:
-    """Verdict and reason; `nats`: the control's lag; `shares`: of the time that controls took."""
-    if nats > 0 and max(shares) < ABOUT_EQUAL:
-        reason = f"it was trained for {max(shares):.0%} of the time only; train it for as long"
-        return "undecided", reason
-    if nats <= 0 and min(shares) > 1 / ABOUT_EQUAL:
-        return "undecided", "it was trained for longer; train a shorter one, too"
-    if found.low <= 0 <= found.high:
-        return "undecided", "the difference lies within the seeds' noise"
-    sure = "" if math.isfinite(found.low) else "; one seed each, so nobody knows how surely"
-    if nats > 0:
-        return "loses", f"{nats:.4f} nats behind at equal time{sure}"
-    return "wins", f"{-nats:.4f} nats ahead at equal time: growth does not pay here{sure}"
 
 
 def _pilot_notes(pilots: Sequence[Run], step_seconds: Mapping[str, float]) -> list[str]:

@@ -110,23 +110,27 @@ def _roles(runs: Sequence[Run], baseline: Sequence[Path], control: Path | None) 
     grown = [run for run in runs if len(run.recipe.stages) > 1]
     target = _target(runs, grown)
     scratch = {run.settings for run in runs if run.folder in baseline}
-    controls = {run.settings for run in runs if run.folder == control}
     _refuse_impossible_roles(runs, target, baseline, control)
-    firsts = [run.recipe.stage_model(0) for run in grown]
+    small = [run.target for run in runs if run.folder == control]
+    small += [model for run in grown for model in smaller_models(run)]
     roles = {}
     for run in runs:
         if run.settings in scratch:
             role = "scratch"
-        elif run.settings in controls:
-            role = "control"
         elif len(run.recipe.stages) > 1:
             role = "grown"
         elif run.target == target:
             role = "other" if baseline else "scratch"
         else:
-            role = "control" if run.target in firsts else "other"
+            role = "control" if run.target in small else "other"
         roles[run.settings] = role
     return roles
+
+
+def smaller_models(run: Run) -> list[BertConfig]:
+    """What a run trains before it has its last size, each once, in its order; its first always."""
+    models = [run.recipe.stage_model(stage) for stage in range(len(run.recipe.stages))]
+    return [m for i, m in enumerate(models) if i == 0 or m not in (*models[:i], models[-1])]
 
 
 def _target(runs: Sequence[Run], grown: Sequence[Run]) -> BertConfig:

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stacking.comparison import Comparison, ControlVerdict, Speedup
+from stacking.comparison import Comparison, Speedup
 from stacking.comparison_budget import within
+from stacking.comparison_controls import ControlVerdict, worst
 from stacking.comparison_costs import AXES, TIME
 from stacking.comparison_figures import loss_by_switch, loss_over
 from stacking.comparison_frontier import Interval
@@ -192,14 +193,14 @@ def _cards(comparison: Comparison) -> str:
     if best is None:
         return cards([("no speed-up known", "of any grown recipe", "the tables say why")])
     group, found = best
-    verdicts = {control.grown: control.verdict for control in comparison.controls}
+    verdict = worst(comparison.controls, group.name)
     tried = sum(other.role == "grown" for other in comparison.groups)
     return cards([
         (f"{found.ratio:.2f}x", "t0/t in reference time", f"95 %: {_between(found.interval)}"),
         (percent(found.time_saved), "time saved, 1 - t/t0", "at equal validation loss"),
         (percent(found.gain), "speed-up, t0/t - 1", "at equal validation loss"),
         (_known(found.nats_ahead), "nats ahead at equal time", _between(found.nats_interval, 4)),
-        (verdicts[group.name], "the never-grown control", "at equal reference time"),
+        (verdict, "the never-grown control", "at equal reference time"),
         (html.escape(group.name), "best grown recipe", f"of {tried}; chosen by this comparison"),
     ])  # fmt: skip
 

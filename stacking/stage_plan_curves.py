@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stacking.comparison import ABOUT_EQUAL
+from stacking.comparison_controls import ABOUT_EQUAL
 from stacking.comparison_costs import TIME, Point
 
 

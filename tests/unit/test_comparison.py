@@ -21,7 +21,9 @@ from run_folders import (
 
 from stacking.comparison import Comparison, Speedup, compare
 from stacking.comparison_budget import check_budget, within
+from stacking.comparison_controls import worst
 from stacking.comparison_costs import AXES
+from stacking.comparison_groups import smaller_models
 from stacking.comparison_page import curve_rows, text
 from stacking.comparison_runs import read_runs
 from stacking.cost import training_flops
@@ -169,6 +171,35 @@ def test_a_control_is_held_against_runs_that_grew_from_it_alone(tmp_path: Path) 
     runs = read_runs([*scratch_runs(tmp_path), twice_as_fast(tmp_path), other, control])
     verdicts = {judged.grown: judged.verdict for judged in compare(runs).controls}
     assert verdicts == {"grown": "loses", "other": "undecided"}
+
+
+def test_every_smaller_model_on_the_way_is_a_control_of_its_own(tmp_path: Path) -> None:
+    """4 layers alone take 100 and 300 s."""
+    stages = [(2, 200), (4, 200), (8, 200)]
+    hops = write_run(tmp_path / "hops_1", stages, 5.0)
+    alone = [write_run(tmp_path / "one_1", [(2, 1600)], 6.5),
+             write_run(tmp_path / "short_1", [(4, 400)], 5.2),
+             write_run(tmp_path / "long_1", [(4, 1200)], 4.7)]  # fmt: skip
+    comparison = compare(read_runs([*scratch_runs(tmp_path), hops, *alone]))
+    first, second = comparison.controls
+    assert (first.control, first.verdict) == ("one", "loses")
+    assert (second.control, second.verdict) == ("long and 1 more of its size", "wins")
+    share = math.log(reference_seconds(stages) / 100) / math.log(300 / 100)
+    assert second.nats == pytest.approx(5.2 - 0.5 * share - 5.0)
+    assert worst(comparison.controls, "hops") == "wins"
+    (group,) = (group for group in comparison.groups if group.name == "hops")
+    assert smaller_models(group.first) == [group.first.recipe.stage_model(i) for i in (0, 1)]
+
+
+def test_shorter_runs_of_a_named_controls_model_count_too(tmp_path: Path) -> None:
+    """The best at equal time lies between them."""
+    narrow = {"model": {"intermediate_size": 16}}
+    alone = [write_run(tmp_path / f"of_{steps}_1", [(2, steps)], loss, changes=narrow)
+             for steps, loss in ((820, 4.6), (3280, 4.2))]  # fmt: skip
+    runs = read_runs([*scratch_runs(tmp_path), twice_as_fast(tmp_path), *alone])
+    (judged,) = compare(runs, control=alone[1]).controls
+    assert judged.verdict == "wins"
+    assert judged.nats == pytest.approx(4.4 - scratch_law(2 * reference_seconds(GROWN)), abs=0.02)
 
 
 def test_a_budget_ranks_what_ends_within_it(tmp_path: Path) -> None:
