@@ -13,7 +13,7 @@ from statistics import fmean
 
 import numpy as np
 
-from stacking.comparison_controls import ControlVerdict, verdicts_on
+from stacking.comparison_controls import WORST_FIRST, ControlVerdict, verdicts_on, worst
 from stacking.comparison_costs import (
     AXES,
     TIME,
@@ -88,11 +88,19 @@ class Comparison:
         return seed_errors(self.noise, group, self.groups)
 
     def headline(self) -> tuple[Group, Speedup] | None:
-        """The grown recipe with the largest speed-up in reference time; None without any."""
+        """The grown recipe with the largest speed-up in reference time; None without any.
+
+        One whose controls all lose goes before any other: an equal loss that a small model reaches
+        sooner is no gain of growth.
+        """
         grown = [group for group in self.groups if group.role == "grown"]
         pairs = [(g, s) for g in grown for s in self.of(g) if s.axis == TIME]
         known = [pair for pair in pairs if math.isfinite(pair[1].ratio)]
-        return max(known, key=lambda pair: pair[1].ratio, default=None)
+
+        def rank(pair: tuple[Group, Speedup]) -> tuple[int, float]:
+            return WORST_FIRST.index(worst(self.controls, pair[0].name)), pair[1].ratio
+
+        return max(known, key=rank, default=None)
 
 
 def compare(

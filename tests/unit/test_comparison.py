@@ -191,6 +191,21 @@ def test_every_smaller_model_on_the_way_is_a_control_of_its_own(tmp_path: Path) 
     assert smaller_models(group.first) == [group.first.recipe.stage_model(i) for i in (0, 1)]
 
 
+def test_the_headline_is_of_a_recipe_whose_controls_lose(tmp_path: Path) -> None:
+    """The other is faster to its own loss, which 4 layers alone reach sooner still."""
+    stages = [(4, 200), (8, 100)]
+    faster = write_run(tmp_path / "faster_1", stages, scratch_law(2.5 * reference_seconds(stages)))
+    alone = [write_run(tmp_path / "four_1", [(4, 400)], 4.9),
+             write_run(tmp_path / "two_1", [(2, 1640)], 6.5)]  # fmt: skip
+    runs = [*scratch_runs(tmp_path), faster, twice_as_fast(tmp_path)]
+    without, comparison = compare(read_runs(runs)), compare(read_runs([*runs, *alone]))
+    assert found(comparison, name="faster").ratio > found(comparison).ratio
+    for judged, name in ((without, "faster"), (comparison, "grown")):
+        headline = judged.headline()
+        assert headline is not None
+        assert headline[0].name == name
+
+
 def test_shorter_runs_of_a_named_controls_model_count_too(tmp_path: Path) -> None:
     """The best at equal time lies between them."""
     narrow = {"model": {"intermediate_size": 16}}
