@@ -25,6 +25,7 @@ from stacking.comparison_costs import (
 from stacking.comparison_frontier import Floats, Frontier, Interval, Noise, interval
 from stacking.comparison_groups import Group, groups_of
 from stacking.comparison_runs import Run, refuse_other_places, unchecked
+from stacking.comparison_seeds import seed_effects
 from stacking.errors import UserError
 
 SCRATCH, GROWN = range(2)  # streams of the bootstrap; comparison_controls has its own
@@ -124,12 +125,15 @@ def compare(
     step_seconds = reference_step_seconds(pilots) | reference_step_seconds(runs)
     if timed:
         step_seconds = timed_step_seconds(timed, [*runs, *pilots])
+    groups = groups_of(runs, step_seconds, baseline, control)
+    families = [group.family for group in groups]
+    effects = seed_effects([group.seed_losses for group in groups], families)
     groups = tuple(
-        replace(group, charged=_charged(group, pilots, step_seconds))
-        for group in groups_of(runs, step_seconds, baseline, control)
+        replace(group, charged=_charged(group, pilots, step_seconds), seed_effects=effects)
+        for group in groups
     )
     scratch = _scratch_that_counts(groups)
-    noise = Noise.of([group.losses for group in groups], [group.family for group in groups])
+    noise = Noise.of([group.losses for group in groups], families, len(effects))
     measures = {axis: measure_of(scratch, axis, noise) for axis in AXES}
     named = next((run.target for run in runs if run.folder == control), None)
     speedups: dict[str, tuple[Speedup, ...]] = {}
@@ -143,7 +147,8 @@ def compare(
         )
         if group.role == "grown":
             controls += verdicts_on(group, groups, noise, errors, named)
-    notes = (*unchecked(runs), *_notes(groups, scratch, noise), *_pilot_notes(pilots, step_seconds))
+    notes = (*unchecked(runs), *_notes(groups, scratch, noise), *_seed_notes(groups, effects),
+             *_pilot_notes(pilots, step_seconds))  # fmt: skip
     return Comparison(groups, step_seconds, measures, noise, speedups, tuple(controls), notes)
 
 
@@ -195,7 +200,8 @@ def measure_of(scratch: Sequence[Group], axis: str, noise: Noise) -> Measure:
 def seed_errors(noise: Noise, group: Group, groups: Sequence[Group]) -> Floats:
     """Draws of what other seeds add to a group's mean loss; `groups`: all, it among them.
 
-    Independent of all others', and of scratch's: what equal seeds have in common is left out.
+    Independent of all others', and of scratch's: what equal seeds have in common was taken out of
+    the losses, where enough runs tell it.
     """
     return noise.draws(len(group.counted), GROWN, groups.index(group))
 
@@ -254,6 +260,23 @@ def _pilot_notes(pilots: Sequence[Run], step_seconds: Mapping[str, float]) -> li
     ]
 
 
+def _seed_notes(groups: Sequence[Group], effects: Mapping[int, float]) -> list[str]:
+    notes = []
+    if len({tuple(group.seeds) for group in groups if group.counted}) > 1:
+        notes.append(
+            "Not all recipes have the same seeds. A seed decides the order of the samples and the "
+            "masks of the evaluation, too: equal seeds make the comparison sharper."
+        )
+    if effects:
+        by_seed = ", ".join(f"seed {seed} {effect:+.4f}" for seed, effect in effects.items())
+        notes.append(
+            "A seed does something to all recipes alike, by its masks of the evaluation and its "
+            f"order of the samples ({by_seed} nats): the losses of recipes, but not the curves and "
+            "the single runs', are without it."
+        )
+    return notes
+
+
 def _notes(groups: Sequence[Group], scratch: Sequence[Group], noise: Noise) -> list[str]:
     """What a reader has to know before believing the numbers."""
     notes = [f"{r.run.folder}: {r.fault}; it is drawn and does not count."
@@ -263,12 +286,6 @@ def _notes(groups: Sequence[Group], scratch: Sequence[Group], noise: Noise) -> l
         "their time is not charged."
         for group in groups for r in group.counted if missing_switches(r.run)
     ]  # fmt: skip
-    seeds = {tuple(group.seeds) for group in groups if group.counted}
-    if len(seeds) > 1:
-        notes.append(
-            "Not all recipes have the same seeds. A seed decides the order of the samples and the "
-            "masks of the evaluation, too: equal seeds make the comparison sharper."
-        )
     if not len(noise.residuals):
         notes.append(
             "One seed of each recipe: no interval is known, small differences mean nothing."

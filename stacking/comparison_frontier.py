@@ -91,10 +91,16 @@ class Noise:
     freedom: float  # degrees, by which it is known how large the noise is
 
     @classmethod
-    def of(cls, samples: Sequence[Sequence[float]], families: Sequence[int] = ()) -> "Noise":
+    def of(
+        cls,
+        samples: Sequence[Sequence[float]],
+        families: Sequence[int] = (),
+        num_effects: int = 0,
+    ) -> "Noise":
         """`samples`: the losses of each recipe's seeds; single ones say nothing.
 
         `families`: a number for each recipe, the same for those of one trunk (default: all differ).
+        `num_effects`: of seeds, that were estimated from these samples and taken out of them.
         """
         of_family: dict[int, list[Sequence[float]]] = {}
         for losses, family in zip(samples, families or range(len(samples)), strict=True):
@@ -108,8 +114,9 @@ class Noise:
                 residuals += [(loss - mean) * scale for loss in losses]
                 weights += [1 / len(members)] * n
                 freedom += (n - 1) / len(members)
-        shares = np.array(weights, dtype=float)
-        return cls(np.array(residuals, dtype=float), shares / max(1.0, shares.sum()), freedom)
+        shares, left = np.array(weights, dtype=float), freedom - max(0, num_effects - 1)
+        found = np.array(residuals, dtype=float) * math.sqrt(freedom / left if left else 1.0)
+        return cls(found, shares / max(1.0, shares.sum()), left)
 
     def draws(self, num_seeds: int, *stream: int) -> Floats:
         """Errors of a mean over `num_seeds` [DRAWS]; other streams are independent. NaN: unknown.

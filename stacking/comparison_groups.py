@@ -35,6 +35,7 @@ class Group:
     results: tuple[Result, ...]
     family: int  # the same for recipes whose runs branched from the same
     charged: Mapping[str, float] = field(default_factory=dict)  # by axis, besides: pilots
+    seed_effects: Mapping[int, float] = field(default_factory=dict)  # what is left out of losses
 
     @property
     def settings(self) -> str:
@@ -47,13 +48,18 @@ class Group:
         return [result for result in self.results if not result.fault]
 
     @property
+    def seed_losses(self) -> list[tuple[int, float]]:
+        """(seed, final validation loss) as they were measured."""
+        return [(result.run.recipe.seed, result.points[-1].loss) for result in self.counted]
+
+    @property
     def losses(self) -> list[float]:
-        """Final validation losses, one a seed."""
-        return [result.points[-1].loss for result in self.counted]
+        """Final validation losses, one a seed, without what the seed does to every recipe."""
+        return [loss - self.seed_effects.get(seed, 0.0) for seed, loss in self.seed_losses]
 
     @property
     def loss(self) -> float:
-        """Mean over the seeds; NaN without any."""
+        """Mean of `losses`; NaN without any."""
         return fmean(self.losses or [math.nan])
 
     def cost(self, axis: str) -> float:

@@ -52,8 +52,10 @@ own, as Student's t does. In 1,000 simulated comparisons whose truth is known, o
 noise of one size, these intervals held it in 94 % with scratch runs trained independently, in 95 %
 with decay branches of one trunk; of 2 seeds in 95 and 96 %. They do not know of other data or
 sizes, of recipes that are noisier than others, nor that the best of many recipes was chosen by this
-comparison. What equal seeds have in common is not used; it makes intervals too wide rather than too
-narrow.</p>"""
+comparison. What a seed does to all recipes alike, by its masks of the evaluation and its order of
+the samples, is estimated by least squares and taken out of the losses, where recipes with equal
+seeds leave two degrees of freedom or more to know the rest by: two families of three seeds, or
+three of two. Elsewhere it stays in, and makes intervals too wide rather than too narrow.</p>"""
 
 
 def write_comparison(comparison: Comparison, out: Path, budget: float | None = None) -> Path:

@@ -24,7 +24,7 @@ from stacking.comparison_budget import check_budget, within
 from stacking.comparison_controls import worst
 from stacking.comparison_costs import AXES
 from stacking.comparison_groups import smaller_models
-from stacking.comparison_page import curve_rows, text
+from stacking.comparison_page import curve_rows, run_rows, text
 from stacking.comparison_runs import read_runs
 from stacking.cost import training_flops
 from stacking.errors import UserError
@@ -155,14 +155,23 @@ def test_a_control_within_the_seeds_noise_is_undecided(tmp_path: Path) -> None:
     assert "noise" in judged.reason
 
 
-def test_grown_and_control_of_as_many_seeds_vary_independently(tmp_path: Path) -> None:
-    level = scratch_law(2 * reference_seconds(GROWN)) + 0.05
-    pairs = [(twice_as_fast(tmp_path, seed * 0.1, seed),
-              write_run(tmp_path / f"alone_{seed}", [(2, 1640)], level + seed * 0.1, seed=seed))
-             for seed in (1, 2, 3)]  # fmt: skip
-    (judged,) = compare(read_runs([*scratch_runs(tmp_path), *sum(pairs, ())])).controls
+def test_what_equal_seeds_have_in_common_does_not_count(tmp_path: Path) -> None:
+    """Seeds move grown and control alike by 0.3 nats, and each for itself by 0.002."""
+    level = scratch_law(2 * reference_seconds(GROWN))
+    own = {1: 0.002, 2: -0.002, 3: 0.0}
+    alone = {seed: level + 0.05 + seed * 0.3 for seed in own}
+    pairs = [(twice_as_fast(tmp_path, seed * 0.3 + own[seed], seed),
+              write_run(tmp_path / f"alone_{seed}", [(2, 1640)], alone[seed], seed=seed))
+             for seed in own]  # fmt: skip
+    comparison = compare(read_runs([*scratch_runs(tmp_path), *sum(pairs, ())]))
+    (judged,) = comparison.controls
     assert judged.nats == pytest.approx(0.05)
-    assert judged.interval.low < 0.0 < 0.1 < judged.interval.high
+    assert judged.verdict == "loses"
+    assert 0.03 < judged.interval.low < 0.05 < judged.interval.high < 0.07
+    (note,) = (note for note in comparison.notes if "to all recipes alike" in note)
+    assert "seed 1 -0.29" in note
+    rows = {row["folder"]: row for row in run_rows(comparison)}
+    assert rows[str(tmp_path / "alone_3")]["val_mlm_loss"] == pytest.approx(level + 0.95)
 
 
 def test_a_control_is_held_against_runs_that_grew_from_it_alone(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -13,6 +16,7 @@ from stacking.comparison_costs import Point
 from stacking.comparison_frontier import Frontier, Noise, interval
 from stacking.comparison_groups import Group, Result
 from stacking.comparison_runs import Run
+from stacking.comparison_seeds import seed_effects
 
 SIGMA = 0.02  # nats, between seeds
 COSTS, GROWN_COST, TRUTH = (50.0, 100.0, 200.0, 400.0, 800.0), 205.0, 2.0
@@ -20,8 +24,9 @@ COSTS, GROWN_COST, TRUTH = (50.0, 100.0, 200.0, 400.0, 800.0), 205.0, 2.0
 
 def group_of(name: str, losses: np.ndarray, cost: float, family: int) -> Group:
     """Finished runs of these final losses [seeds], whose folders nobody reads."""
-    points = [Point({"steps": cost}, float(loss)) for loss in losses]
-    results = tuple(Result(cast(Run, None), [point], "") for point in points)
+    runs = [SimpleNamespace(recipe=SimpleNamespace(seed=seed)) for seed in range(len(losses))]
+    results = tuple(Result(cast(Run, run), [Point({"steps": cost}, float(loss))], "")
+                    for run, loss in zip(runs, losses, strict=True))  # fmt: skip
     return Group(name, "grown" if name == "grown" else "scratch", results, family)
 
 
@@ -38,17 +43,28 @@ def simulated(generator: np.random.Generator, seeds: int, design: str) -> list[G
     return [*groups, group_of("grown", losses, GROWN_COST, 99)]
 
 
-def coverage(design: str, seeds: int, tries: int) -> float:
-    """The share of intervals that hold TRUTH."""
-    generator, held = np.random.default_rng(7), 0
+@cache
+def coverage(design: str, seeds: int, tries: int, alike: float = 0.0) -> tuple[float, float]:
+    """The share of intervals that hold TRUTH, and their median width.
+
+    `alike`: standard deviation of what a seed does to all recipes.
+    """
+    generator, held, widths = np.random.default_rng(7), 0, []
     for _ in range(tries):
-        groups = simulated(generator, seeds, design)
-        noise = Noise.of([group.losses for group in groups], [group.family for group in groups])
+        plain = simulated(generator, seeds, design)
+        effects = generator.normal(0.0, alike, seeds)
+        plain = [group_of(g.name, np.array(g.losses) + effects, g.cost("steps"), g.family)
+                 for g in plain]  # fmt: skip
+        families = [group.family for group in plain]
+        taken = seed_effects([group.seed_losses for group in plain], families)
+        groups = [replace(group, seed_effects=taken) for group in plain]
+        noise = Noise.of([group.losses for group in groups], families, len(taken))
         measure = measure_of(groups[:-1], "steps", noise)
         errors = seed_errors(noise, groups[-1], groups)
         found = speedup_of(groups[-1], "steps", measure, errors).interval
         held += found.low <= TRUTH <= found.high
-    return held / tries
+        widths.append(found.high - found.low)
+    return held / tries, float(np.median(widths))
 
 
 @pytest.mark.slow
@@ -56,11 +72,62 @@ def coverage(design: str, seeds: int, tries: int) -> float:
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_intervals_of_95_percent_hold_the_truth_in_93_to_97(design: str, seeds: int) -> None:
     """Whether scratch's lengths are runs of their own or decay branches of a trunk."""
-    assert 0.93 <= coverage(design, seeds, 1000) <= 0.97
+    assert 0.93 <= coverage(design, seeds, 1000)[0] <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", ["single runs", "a trunk"])
+def test_what_seeds_do_to_all_recipes_alike_widens_no_interval(design: str) -> None:
+    share, width = coverage(design, 3, 1000, alike=5 * SIGMA)
+    assert 0.93 <= share <= 0.97
+    assert width == pytest.approx(coverage(design, 3, 1000)[1], rel=0.15)
+
+
+def test_seed_effects_are_found_and_add_up_to_nothing() -> None:
+    found = seed_effects([[(1, 4.0), (2, 4.1), (3, 4.5)], [(1, 5.0), (2, 5.1), (3, 5.5)],
+                          [(3, 6.3)]], [0, 1, 2])  # fmt: skip
+    assert found == pytest.approx({1: -0.2, 2: -0.1, 3: 0.3})
+
+
+def test_members_of_a_family_weigh_as_one() -> None:
+    """Three branches and a run of its own disagree about the seeds: half way between them."""
+    branches = [[(1, 4.0), (2, 4.2), (3, 4.4)]] * 3
+    own = [(1, 5.0), (2, 5.0), (3, 5.0)]
+    found = seed_effects([*branches, own], [0, 0, 0, 1])
+    assert found == pytest.approx({1: -0.1, 2: 0.0, 3: 0.1})
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [[], [[(1, 4.0), (2, 4.1)]], [[(1, 4.0), (2, 4.1)], [(1, 5.0), (2, 5.1)]],
+     [[(1, 4.0), (2, 4.1)]] * 3 + [[(3, 4.0), (4, 4.1)]] * 3,
+     [[(1, 4.0)], [(2, 5.0)], [(3, 5.0)]]],
+)  # fmt: skip
+def test_seeds_that_too_few_recipes_have_in_common_tell_nothing(
+    samples: list[list[tuple[int, float]]],
+) -> None:
+    assert seed_effects(samples, list(range(len(samples)))) == {}
+
+
+def test_noise_is_as_large_when_effects_were_taken_out_of_it() -> None:
+    """Of 400 recipes of two seeds; taking the seeds' part out eats none of the rest."""
+    generator = np.random.default_rng(5)
+    losses = generator.normal(4.0, SIGMA, (400, 2)) + [0.5, -0.5]
+    samples = [[(seed, float(loss)) for seed, loss in enumerate(row)] for row in losses]
+    effects = seed_effects(samples, list(range(400)))
+    assert effects == pytest.approx({0: 0.5, 1: -0.5}, abs=0.005)
+    cleaned = [[loss - effects[seed] for seed, loss in sample] for sample in samples]
+    noise = Noise.of(cleaned, [], len(effects))
+    assert noise.freedom == pytest.approx(399.0)
+    assert noise.residuals.std() == pytest.approx(SIGMA, rel=0.1)
+    few = Noise.of([[1.0, 1.1, 1.3], [2.0, 2.2, 2.1]], [], 3)
+    as_they_come = Noise.of([[1.0, 1.1, 1.3], [2.0, 2.2, 2.1]])
+    assert (as_they_come.freedom, few.freedom) == (4.0, 2.0)
+    assert few.residuals == pytest.approx(as_they_come.residuals * math.sqrt(2))
 
 
 def test_a_few_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    assert 0.9 <= coverage("a trunk", 3, 60) <= 1.0
+    assert 0.9 <= coverage("a trunk", 3, 60)[0] <= 1.0
 
 
 def test_one_recipe_alone_has_the_interval_of_students_t() -> None:
