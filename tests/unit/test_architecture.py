@@ -63,7 +63,8 @@ LAYERS = {
         "doctor_table", "doctor_variables",
         "comparison_budget", "comparison_controls", "comparison_seeds", "comparison_switch",
         "stage_plan", "stage_plan_table", "stage_plan_cluster", "stage_plan_curves",
-        "stage_plan_pilots", "stage_plan_suggest", "stage_plan_advice", "stage_plan_request", "stage_plan_timing"},
+        "stage_plan_pilots", "stage_plan_suggest", "stage_plan_advice", "stage_plan_request",
+        "stage_plan_timing"},
 }  # fmt: skip
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 ONLY_IN = {
