@@ -32,8 +32,9 @@ class ControlVerdict:
 
 
 def worst(verdicts: Sequence[ControlVerdict], grown: str) -> str:
-    """What is to be said of all controls of a grown recipe."""
-    return min((v.verdict for v in verdicts if v.grown == grown), key=WORST_FIRST.index)
+    """What is to be said of all controls of a grown recipe; of none, "undecided"."""
+    found = (v.verdict for v in verdicts if v.grown == grown)
+    return min(found, key=WORST_FIRST.index, default="undecided")
 
 
 def verdicts_on(
