@@ -122,7 +122,7 @@ def require_tokenizer(content: bytes, digest: str, path: Path, folder: Path) -> 
 def _content_sha256(content: bytes) -> str:
     try:
         return content_sha256(content)
-    except ValueError:  # also what is not UTF-8
+    except (ValueError, RecursionError):  # also what is not UTF-8, or nested without end
         return ""
 
 

@@ -107,6 +107,13 @@ def test_an_export_that_transformers_saved_again_is_still_checked(
         load(again)
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b"[" * 100_000, b""])
+def test_what_is_no_tokenizer_at_all_is_another_one(export: Path, content: bytes) -> None:
+    (export / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"is not the tokenizer that {export} was trained with"):
+        load(export)
+
+
 def test_an_export_of_a_run_with_a_changed_tokenizer_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
