@@ -87,6 +87,9 @@ def require_its_mpi() -> None:
     if not launchers.is_mpis(os.environ):
         return
     started = f"mpirun started {world_size()} ranks, which find each other by mpi4py"
+    # A rank that Open MPI's own mpirun did not start is alone; it would fork a daemon of its own,
+    # and those of several ranks trip over each other now and then (MPI_INIT fails).
+    os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # mpi4py's own guess, once a rank
