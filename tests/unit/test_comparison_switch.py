@@ -27,14 +27,15 @@ def switched(
 ) -> list[Path]:
     """Runs that grow once, by step of the growth, and end so much lower than scratch."""
 
-    def noise(place: int, seed: int) -> float:
-        return NOISE[(place + SEEDS.index(seed)) % len(NOISE)] if seeds else 0.0
+    def loss(place: int, step: int, seed: int) -> float:
+        scratch = scratch_law(reference_seconds([(2, step), (8, after)]))
+        noise = NOISE[(place + SEEDS.index(seed)) % len(NOISE)] if seeds else 0.0
+        return scratch - gains[step] + noise
 
     return [
-        write_run(folder / f"at_{step}_{seed}", [(2, step), (8, after)],
-                  scratch_law(reference_seconds([(2, step), (8, after)])) - gain + noise(place, seed),
+        write_run(folder / f"at_{step}_{seed}", [(2, step), (8, after)], loss(place, step, seed),
                   changes={"name": f"{folder.name} at {step}", **(changes or {})}, seed=seed)
-        for place, (step, gain) in enumerate(gains.items()) for seed in seeds or (1,)
+        for place, step in enumerate(gains) for seed in seeds or (1,)
     ]  # fmt: skip
 
 
