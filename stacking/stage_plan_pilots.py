@@ -193,7 +193,7 @@ def _forms(recipe: Recipe, pilots: Sequence[Pilot], measured: Mapping[int, float
     for pilot in pilots:
         run = pilot.run
         if _grows_into(run, target):
-            first, second = run.recipe.stages
+            first, second = (_without_full_sizes(stage, recipe) for stage in run.recipe.stages)
             model, data = run.recipe.stage_model(0), run.recipe.stage_data(0)
             entry = second.model_dump_json(exclude=_SIZES)
             key = model.model_dump_json() + data.model_dump_json() + entry
@@ -206,6 +206,14 @@ def _forms(recipe: Recipe, pilots: Sequence[Pilot], measured: Mapping[int, float
             first, second = (Stage(num_hidden_layers=n, steps=1) for n in (depth, layers))
             forms[str(depth)] = _Form(first, second, model, recipe.data)
     return list(forms.values())
+
+
+def _without_full_sizes(stage: Stage, recipe: Recipe) -> Stage:
+    """The same stage of `recipe`, stating no size that is the full model's, as branches do."""
+    full = recipe.model.model_dump() | recipe.data.model_dump()
+    said = stage.changes(MODEL_FIELDS + DATA_FIELDS)
+    same = [name for name in said if name != "num_hidden_layers" and said[name] == full[name]]
+    return stage.model_copy(update=dict.fromkeys(same))
 
 
 def _candidate(

@@ -19,6 +19,7 @@ from pilot_folders import (
 
 from stacking.config import Recipe
 from stacking.config_loading import load_recipe
+from stacking.config_stage import DATA_FIELDS, MODEL_FIELDS
 from stacking.deepspeed_config import DeepSpeedConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +76,29 @@ def test_json_is_one_line_and_the_recipe_is_one_that_plan_takes(
     assert plan([out.parent], "--recipe", out, "--json", monkeypatch=monkeypatch) == 0
     ceiling = json.loads(capsys.readouterr().out)["ceiling"]["ratio"]
     assert ceiling == pytest.approx(2.3, rel=0.2)  # by FLOPs; a step's time has other parts, too
+
+
+def test_a_pilot_that_states_the_sizes_it_shares_is_named_by_what_is_smaller(
+    pilots: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the branches of a trunk state all of them."""
+    full = load_recipe(pilots[0] / "recipe.json")
+    shared = full.model.model_dump() | full.data.model_dump()
+    sizes = {name: shared[name] for name in ("hidden_size", "pooling", "max_seq_length")}
+    stages = [{"num_hidden_layers": layers, "steps": steps, **sizes}
+              for layers, steps in ((2, 300), (8, 700))]  # fmt: skip
+    grown = write_pilot(tmp_path / "grown", [(2, 300), (8, 700)], grown_loss(300),
+                        changes={"stages": stages})  # fmt: skip
+    words = ["--suggest", "--budget", "1000s", "--json", "--pilot", pilots[0], grown]
+    assert plan(pilots, *words, monkeypatch=monkeypatch) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["from"] == values["candidates"][0]["model"] == "2 layers"
+    stated = [stage.changes(MODEL_FIELDS + DATA_FIELDS) for stage in
+              Recipe.model_validate(values["recipe"]).stages]  # fmt: skip
+    assert stated == [{"num_hidden_layers": 2}, {"num_hidden_layers": 8}]
 
 
 def test_a_refusal_to_promise_is_no_fault_and_writes_the_recipe_from_scratch(
