@@ -59,15 +59,20 @@ between() { # LAYERS PERCENT [FIELDS]: a stage of so much of STEPS
 }
 
 ways() { # all that the trunk branches into
-    local percent stages stack='"depth": "stack"'
+    local percent stages stack='"depth": "stack"' faster
+    faster="$stack, \"moments\": \"keep\", \"rewarm\": {\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 40))}"
     for percent in 30 45 60 70; do hop "stack_$percent" $percent "$stack"; done
     hop keep_60 60 "$stack, \"moments\": \"keep\""
     hop grow_60 60 "$stack, \"moments\": \"grow\""
-    hop faster_60 60 "$stack, \"moments\": \"keep\", \"rewarm\": {\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 40))}"
+    hop faster_60 60 "$faster"
     hop interleave_60 60 '"depth": "interleave"'
     hop exact_60 60 '"depth": "identity_exact", "moments": "keep"'
     hop random_60 60 '"depth": "random", "moments": "keep"'
     stackingbert "$stack"
+    if ((small < quarter && quarter % small == 0)); then
+        branch hops 30 "$(between "$quarter" 45 "$stack")" "$(full $((steps - steps * 30 / 100 - \
+            steps * 45 / 100)) "$faster")"
+    fi
     if ((small == quarter)); then
         mapfile -t stages < <(mslt_stages)
         branch mslt 20 "${stages[@]:1}"

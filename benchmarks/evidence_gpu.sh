@@ -10,7 +10,7 @@ usage() {
 usage: bash benchmarks/evidence_gpu.sh DATA OUT
 Trains the runs of the comparison on one GPU, one after the other, into OUT/NAME and
 OUT/NAME/branches, and writes OUT/comparison/compare.html. Nothing finished is done twice; a run
-that was stopped goes on. It costs 5.4 times 2,500 steps of 12 layers: 14 minutes where a step takes
+that was stopped goes on. It costs 5.9 times 2,500 steps of 12 layers: 15 minutes where a step takes
 62 ms (120 TFLOP/s), and some for starts, evaluations and saves. Nobody has measured it.
 
 DATA is a folder of  python launch/prepare_data.py shards TEXT... --validation TEXT... \
@@ -54,11 +54,22 @@ grown() { # NAME LAYERS: grows at 70 % of STEPS, and in a branch at 50 %
     train "$1" 12 "$steps" "[$first, $(full $((steps - late)) "$kept")]" at_50 "growth_branches=[$branch]"
 }
 
+hops() { # 1, 3 and 12 layers, new ones at 1.3 times the rate for a while: docs/evidence.md's best
+    local small=$((steps * 30 / 100)) middle=$((steps * 45 / 100))
+    local rewarm="{\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 40))}"
+    local first="{\"num_hidden_layers\": 1, \"steps\": $small}"
+    local second="{\"num_hidden_layers\": 3, \"steps\": $middle, \"depth\": \"stack\"}"
+    train hops 12 "$steps" \
+        "[$first, $second, $(full $((steps - small - middle)) "$kept, \"rewarm\": $rewarm")]" "" \
+        "branches=[]"
+}
+
 runs() {
     # The longest is longer than the grown runs, which may end below a scratch run of their length.
     alone scratch 12 130 "0.4 0.5 0.6 0.77"
     grown grown_3 3
     grown grown_1 1
+    hops
     # At the grown runs' time, between a shorter and a longer one: a step of 3 layers takes about
     # 0.3 of one of 12 layers, of 1 layer about 0.15.
     alone alone_3 3 250 0.56

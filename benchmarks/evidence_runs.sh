@@ -100,7 +100,7 @@ train() { # NAME LAYERS STEPS STAGES "BRANCH..." SETTING...: the settings name t
 
 is_done() { # NAME "BRANCH...": whether the run and its branches have ended
     local place
-    for place in . $(printf 'branches/%s ' $2); do # no share and no name has a space
+    for place in . ${2:+$(printf 'branches/%s ' $2)}; do # no share and no name has a space
         grep -qs '"event": "run_end"' "$out/$1/$place/metrics.jsonl" || return 1
     done
 }

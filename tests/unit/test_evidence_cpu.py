@@ -79,6 +79,15 @@ def test_the_stages_of_the_published_systems_are_there() -> None:
         64, 256)  # fmt: skip
 
 
+def test_two_hops_go_over_a_quarter_before_the_rate_decays() -> None:
+    hops = recipes(SMALL="1")["OUT/trunk/branches/hops"]
+    assert [(stage.num_hidden_layers, stage.steps) for stage in hops.stages] == [
+        (1, 300), (3, 450), (12, 250)]  # fmt: skip
+    assert [stage.moments for stage in hops.stages[1:]] == ["reset", "keep"]
+    assert learning_rate(750, hops.learning_rate, STEPS) == hops.learning_rate.peak
+    assert "OUT/trunk/branches/hops" not in recipes()
+
+
 @pytest.mark.parametrize(
     ("layers", "small", "expected"),
     [(12, 1, [(1, 50), (3, 70), (6, 180), (12, 700)]), (8, 2, [(2, 120), (4, 180), (8, 700)]),

@@ -17,9 +17,9 @@ from stacking.schedule import learning_rate
 from stacking.study import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["scratch", "grown_3", "grown_1", "alone_3", "alone_1"]
+NAMES = ["scratch", "grown_3", "grown_1", "hops", "alone_3", "alone_1"]
 BRANCHES = {"scratch": ["0.4", "0.5", "0.6", "0.77"], "grown_3": ["at_50"], "grown_1": ["at_50"],
-            "alone_3": ["0.56"], "alone_1": ["0.46"]}  # fmt: skip
+            "hops": [], "alone_3": ["0.56"], "alone_1": ["0.46"]}  # fmt: skip
 PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit "$NO_GPU"
 for word; do
@@ -91,9 +91,9 @@ def test_the_runs_are_of_one_model_and_data_but_for_depth() -> None:
          "model": recipe.stage_model(0).model_dump(exclude={"num_hidden_layers"})}
         for recipe in recipes
     ]  # fmt: skip
-    assert shared == shared[:1] * 13
+    assert shared == shared[:1] * 14
     peaks = [(r.learning_rate.peak, r.learning_rate.warmup_steps) for r in recipes]
-    assert peaks == [(1e-3, 125)] * 13
+    assert peaks == [(1e-3, 125)] * 14
     assert recipes[0].stage_model(0).hidden_size == 512
     assert recipes[0].data.max_seq_length == 128
 
@@ -109,6 +109,7 @@ def test_depths_and_lengths_are_those_of_the_comparison() -> None:
         "scratch 0.6": [(12, 1950)], "scratch 0.77": [(12, 2502)],
         "grown_3 grown_3": [(3, 1750), (12, 750)], "grown_3 at_50": [(3, 1250), (12, 1250)],
         "grown_1 grown_1": [(1, 1750), (12, 750)], "grown_1 at_50": [(1, 1250), (12, 1250)],
+        "hops hops": [(1, 750), (3, 1125), (12, 625)],
         "alone_3 alone_3": [(3, 6250)], "alone_3 0.56": [(3, 3500)],
         "alone_1 alone_1": [(1, 12000)], "alone_1 0.46": [(1, 5520)],
     }  # fmt: skip
@@ -120,7 +121,7 @@ def test_every_run_ends_decayed_over_its_last_fifth_and_grows_before() -> None:
             rate, total = recipe.learning_rate, recipe.total_steps
             assert rate.decay_steps == pytest.approx(total / 5, abs=1)
             assert learning_rate(total - 1, rate, total) < 0.01 * rate.peak
-            grown_at = recipe.stages[0].steps if len(recipe.stages) == 2 else 200
+            grown_at = total - recipe.stages[-1].steps if len(recipe.stages) > 1 else 200
             assert learning_rate(grown_at, rate, total) == rate.peak
 
 
