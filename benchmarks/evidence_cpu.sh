@@ -59,19 +59,18 @@ between() { # LAYERS PERCENT [FIELDS]: a stage of so much of STEPS
 }
 
 ways() { # all that the trunk branches into
-    local percent stages stack='"depth": "stack"' faster
-    faster="$stack, \"moments\": \"keep\", \"rewarm\": {\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 40))}"
+    local percent stages stack='"depth": "stack"'
     for percent in 30 45 60 70; do hop "stack_$percent" $percent "$stack"; done
     hop keep_60 60 "$stack, \"moments\": \"keep\""
     hop grow_60 60 "$stack, \"moments\": \"grow\""
-    hop faster_60 60 "$faster"
+    hop faster_60 60 "$stack, \"moments\": \"keep\", \"rewarm\": {\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 40))}"
     hop interleave_60 60 '"depth": "interleave"'
     hop exact_60 60 '"depth": "identity_exact", "moments": "keep"'
     hop random_60 60 '"depth": "random", "moments": "keep"'
     stackingbert "$stack"
     if ((small < quarter && quarter % small == 0)); then
         branch hops 30 "$(between "$quarter" 45 "$stack")" "$(full $((steps - steps * 30 / 100 - \
-            steps * 45 / 100)) "$faster")"
+            steps * 45 / 100)) "$stack")"
     fi
     if ((small == quarter)); then
         mapfile -t stages < <(mslt_stages)
@@ -124,6 +123,16 @@ compound() { # a narrow small model, then depth and inner width at once
         "[$first, $(full $((steps - early)) '"depth": "stack", "ffn": "split"')]" "" "branches=[]"
 }
 
+compoundgrow() { # Gu et al. 2021: depth, inner width and length (by pooling) for 20, 25, 10 and 45 %
+    local narrow="\"intermediate_size\": $hidden, \"pooling\": \"mean\", \"pooling_size\": 2"
+    local again="\"rewarm\": {\"steps\": $((steps / 40))}" left
+    left=$((steps - steps * 20 / 100 - steps * 25 / 100 - steps * 10 / 100))
+    train compoundgrow "$layers" "$steps" "[$(between "$quarter" 20 "$narrow"), $(
+        between $((layers / 2)) 25 "$narrow, \"depth\": \"stack\", $again"), $(
+        between $((layers / 2)) 10 "\"ffn\": \"tile\", $again"), $(
+        full "$left" "\"depth\": \"stack\", $again")]" "" "branches=[]"
+}
+
 flops() { # LAYERS: of a sequence of 128 tokens, 20 of them masked, forward (stacking/cost.py)
     local square=$((hidden * hidden)) layer last head
     layer=$((128 * (24 * square + 4 * hidden * 128)))
@@ -153,6 +162,7 @@ runs() {
     trunk
     ((small == quarter)) || mslt
     compound
+    compoundgrow
     controls
 }
 

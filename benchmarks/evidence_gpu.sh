@@ -54,14 +54,14 @@ grown() { # NAME LAYERS: grows at 70 % of STEPS, and in a branch at 50 %
     train "$1" 12 "$steps" "[$first, $(full $((steps - late)) "$kept")]" at_50 "growth_branches=[$branch]"
 }
 
-hops() { # 1, 3 and 12 layers, new ones at 1.3 times the rate for a while: docs/evidence.md's best
-    local small=$((steps * 30 / 100)) middle=$((steps * 45 / 100))
-    local rewarm="{\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 40))}"
+best() { # docs/evidence.md's: 1, 3 and 12 layers for 1/6, 2/3 and 1/6 of STEPS, decay after the last
+    local small=$((steps / 6)) middle=$((steps * 2 / 3))
+    local rewarm="{\"parameters\": \"new\", \"start\": 1.0, \"factor\": 1.3, \"steps\": $((steps / 72))}"
     local first="{\"num_hidden_layers\": 1, \"steps\": $small}"
     local second="{\"num_hidden_layers\": 3, \"steps\": $middle, \"depth\": \"stack\"}"
-    train hops 12 "$steps" \
+    train best 12 "$steps" \
         "[$first, $second, $(full $((steps - small - middle)) "$kept, \"rewarm\": $rewarm")]" "" \
-        "branches=[]"
+        "branches=[]" "learning_rate.decay_steps=$((steps * 5 / 36))"
 }
 
 runs() {
@@ -69,7 +69,7 @@ runs() {
     alone scratch 12 130 "0.4 0.5 0.6 0.77"
     grown grown_3 3
     grown grown_1 1
-    hops
+    best
     # At the grown runs' time, between a shorter and a longer one: a step of 3 layers takes about
     # 0.3 of one of 12 layers, of 1 layer about 0.15.
     alone alone_3 3 250 0.56

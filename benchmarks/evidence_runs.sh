@@ -5,7 +5,8 @@
 #   data out              folders
 #   steps peak seed vocab piece   numbers of the environment, with their defaults
 #
-# Every run decays over its last fifth. Nothing finished is done twice.
+# Every run decays over its last fifth, unless a setting says otherwise. Nothing finished is done
+# twice.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 began=$SECONDS
@@ -88,9 +89,9 @@ train() { # NAME LAYERS STEPS STAGES "BRANCH..." SETTING...: the settings name t
         --set name="$name" --set seed="$seed" --set global_batch_size="$batch" \
         --set model.hidden_size="$hidden" --set model.num_hidden_layers="$depth" \
         --set model.num_attention_heads="$heads" --set model.intermediate_size=$((4 * hidden)) \
-        --set model.vocab_size="$vocab" --set stages="$stages" "${settings[@]}" \
+        --set model.vocab_size="$vocab" --set stages="$stages" \
         --set learning_rate.peak="$peak" --set learning_rate.warmup_steps=$((steps / 20)) \
-        --set learning_rate.decay_steps=$((total / 5)) \
+        --set learning_rate.decay_steps=$((total / 5)) "${settings[@]}" \
         --set evaluation.every_steps=$((steps / 10)) --set evaluation.max_sequences=2048 \
         --set evaluation.batch_size="$evaluated" --set checkpoint.every_steps="$steps" \
         "${limit[@]}" || code=$?

@@ -57,7 +57,7 @@ def test_every_run_can_grow_and_ends_decayed_over_its_last_fifth(layers: int, sm
 def test_all_ways_of_growing_have_as_many_steps_and_one_target() -> None:
     found = recipes()
     grown = {place: r for place, r in found.items() if len(r.stages) > 1}
-    assert len(grown) == 13
+    assert len(grown) == 14
     targets = {r.stage_model(len(r.stages) - 1).model_dump_json() for r in grown.values()}
     assert targets == {found["OUT/scratch"].stage_model(0).model_dump_json()}
     for place, recipe in grown.items():
@@ -77,13 +77,18 @@ def test_the_stages_of_the_published_systems_are_there() -> None:
     compound = found["OUT/compound_60"]
     assert (compound.stage_model(0).inner_size(0), compound.stage_model(1).inner_size(0)) == (
         64, 256)  # fmt: skip
+    own = found["OUT/compoundgrow"]
+    models = [own.stage_model(place) for place in range(4)]
+    assert [(m.num_hidden_layers, m.inner_size(0), m.pooling) for m in models] == [
+        (3, 64, "mean"), (6, 64, "mean"), (6, 256, "none"), (12, 256, "none")]  # fmt: skip
+    assert [stage.steps for stage in own.stages] == [200, 250, 100, 450]
 
 
 def test_two_hops_go_over_a_quarter_before_the_rate_decays() -> None:
     hops = recipes(SMALL="1")["OUT/trunk/branches/hops"]
     assert [(stage.num_hidden_layers, stage.steps) for stage in hops.stages] == [
         (1, 300), (3, 450), (12, 250)]  # fmt: skip
-    assert [stage.moments for stage in hops.stages[1:]] == ["reset", "keep"]
+    assert [stage.moments for stage in hops.stages[1:]] == ["reset", "reset"]
     assert learning_rate(750, hops.learning_rate, STEPS) == hops.learning_rate.peak
     assert "OUT/trunk/branches/hops" not in recipes()
 
@@ -170,7 +175,7 @@ def test_variables_change_the_runs() -> None:
      ({"HEADS": "3"}, "HEADS: got 3; allowed: a divisor of HIDDEN, 64"),
      ({"STEPS": "9" * 30}, "at most 9 digits"), ({"PEAK": "abc"}, "PEAK: got 'abc'"),
      ({"PEAK": "0.0e-3"}, "PEAK: got '0.0e-3'"), ({"PEAK": "01"}, "PEAK: got '01'"),
-     ({"ONLY": "scrtch"}, "ONLY: got 'scrtch'; allowed: scratch trunk compound_60 alone_3 alone_6"),
+     ({"ONLY": "scrtch"}, "ONLY: got 'scrtch'; allowed: scratch trunk compound_60 compoundgrow alone_3"),
      ({"ONLY": "scratch *"}, "ONLY: got '*'"), ({"DRY_RUN": ""}, "there is no folder DATA")],
 )  # fmt: skip
 def test_mistakes_are_told(variables: dict[str, str], message: str) -> None:

@@ -17,9 +17,9 @@ from stacking.schedule import learning_rate
 from stacking.study import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["scratch", "grown_3", "grown_1", "hops", "alone_3", "alone_1"]
+NAMES = ["scratch", "grown_3", "grown_1", "best", "alone_3", "alone_1"]
 BRANCHES = {"scratch": ["0.4", "0.5", "0.6", "0.77"], "grown_3": ["at_50"], "grown_1": ["at_50"],
-            "hops": [], "alone_3": ["0.56"], "alone_1": ["0.46"]}  # fmt: skip
+            "best": [], "alone_3": ["0.56"], "alone_1": ["0.46"]}  # fmt: skip
 PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit "$NO_GPU"
 for word; do
@@ -109,20 +109,29 @@ def test_depths_and_lengths_are_those_of_the_comparison() -> None:
         "scratch 0.6": [(12, 1950)], "scratch 0.77": [(12, 2502)],
         "grown_3 grown_3": [(3, 1750), (12, 750)], "grown_3 at_50": [(3, 1250), (12, 1250)],
         "grown_1 grown_1": [(1, 1750), (12, 750)], "grown_1 at_50": [(1, 1250), (12, 1250)],
-        "hops hops": [(1, 750), (3, 1125), (12, 625)],
+        "best best": [(1, 416), (3, 1666), (12, 418)],
         "alone_3 alone_3": [(3, 6250)], "alone_3 0.56": [(3, 3500)],
         "alone_1 alone_1": [(1, 12000)], "alone_1 0.46": [(1, 5520)],
     }  # fmt: skip
 
 
-def test_every_run_ends_decayed_over_its_last_fifth_and_grows_before() -> None:
+def test_every_run_ends_decayed_over_its_last_fifth_or_what_the_best_has_and_grows_before() -> None:
     for words in commands()[:-1]:
-        for recipe in runs_of(words).values():
+        for name, recipe in runs_of(words).items():
             rate, total = recipe.learning_rate, recipe.total_steps
-            assert rate.decay_steps == pytest.approx(total / 5, abs=1)
+            share = 2000 / 14400 if name == "best" else 1 / 5
+            assert rate.decay_steps == pytest.approx(share * total, abs=1)
             assert learning_rate(total - 1, rate, total) < 0.01 * rate.peak
             grown_at = total - recipe.stages[-1].steps if len(recipe.stages) > 1 else 200
             assert learning_rate(grown_at, rate, total) == rate.peak
+
+
+def test_the_best_is_the_recipe_of_the_study() -> None:
+    found = runs_of(commands(STEPS="14400", ONLY="best")[0])["best"]
+    measured = load_recipe(ROOT / "launch" / "recipes" / "best_12x64.json")
+    assert [stage.model_dump() for stage in found.stages] == [
+        stage.model_dump() for stage in measured.stages]  # fmt: skip
+    assert found.learning_rate.decay_steps == measured.learning_rate.decay_steps
 
 
 def test_variables_change_the_runs() -> None:

@@ -162,7 +162,8 @@ BASELINES = {
     "modern_small": "scratch_small",
     "best_small": "scratch_small",
 }
-OWN_RATE = ("mslt_base", "mslt_large", "compoundgrow_base", "compoundgrow_large")
+OWN_RATE = ("mslt_base", "mslt_large", "compoundgrow_base", "compoundgrow_large",
+            "best_small")  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "baseline"), BASELINES.items())
