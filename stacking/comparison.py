@@ -17,15 +17,17 @@ from stacking.comparison_controls import WORST_FIRST, ControlVerdict, verdicts_o
 from stacking.comparison_costs import (
     AXES,
     TIME,
+    medians,
     missing_switches,
-    reference_step_seconds,
     spent,
-    timed_step_seconds,
+    step_rows,
+    timed_step_rows,
 )
 from stacking.comparison_frontier import Floats, Frontier, Interval, Noise, interval
 from stacking.comparison_groups import Group, groups_of
 from stacking.comparison_runs import Run, refuse_other_places, unchecked
 from stacking.comparison_seeds import seed_effects
+from stacking.comparison_timing import ratio_errors, step_errors
 from stacking.errors import UserError
 
 SCRATCH, GROWN = range(2)  # streams of the bootstrap; comparison_controls has its own
@@ -39,7 +41,7 @@ class Speedup:
     cost: float  # t
     scratch_cost: float  # t0, at equal loss
     ratio: float  # t0/t
-    interval: Interval  # of the ratio
+    interval: Interval  # of the ratio; in reference time of that, too
     nats_ahead: float  # scratch's loss at equal cost less this recipe's
     nats_interval: Interval
     refusal: str
@@ -68,7 +70,7 @@ class Comparison:
     """All that was found."""
 
     groups: tuple[Group, ...]
-    step_seconds: dict[str, float]  # medians, by configuration
+    step_rows: dict[str, list[float]]  # seconds of steps, by configuration
     measures: dict[str, Measure]  # by axis
     noise: Noise
     speedups: dict[str, tuple[Speedup, ...]]  # by the group's settings, an axis each
@@ -79,6 +81,11 @@ class Comparison:
         """Nobody could tell two recipes of one name apart."""
         names = [group.name for group in self.groups]
         assert len(set(names)) == len(names), f"names are not unique: {names}"
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Medians, by configuration."""
+        return medians(self.step_rows)
 
     def of(self, group: Group) -> tuple[Speedup, ...]:
         """A group's speed-ups, an axis each; empty for scratch and what does not count."""
@@ -122,9 +129,10 @@ def compare(
     """
     refuse_other_places(runs, [*pilots, *timed])
     # What the runs' own rows say of a configuration no pilot changes.
-    step_seconds = reference_step_seconds(pilots) | reference_step_seconds(runs)
+    rows = step_rows(pilots) | step_rows(runs)
     if timed:
-        step_seconds = timed_step_seconds(timed, [*runs, *pilots])
+        rows = timed_step_rows(timed, [*runs, *pilots])
+    step_seconds = medians(rows)
     groups = groups_of(runs, step_seconds, baseline, control)
     families = [group.family for group in groups]
     effects = seed_effects([group.seed_losses for group in groups], families)
@@ -136,20 +144,23 @@ def compare(
     noise = Noise.of([group.losses for group in groups], families, len(effects))
     measures = {axis: measure_of(scratch, axis, noise) for axis in AXES}
     named = next((run.target for run in runs if run.folder == control), None)
+    timing = step_errors(rows)
     speedups: dict[str, tuple[Speedup, ...]] = {}
     controls: list[ControlVerdict] = []
     for group in groups:
         if group.role == "scratch" or not group.counted:
             continue
         errors = seed_errors(noise, group, groups)
+        timed_errors = ratio_errors(group, scratch, step_seconds, timing)
         speedups[group.settings] = tuple(
-            speedup_of(group, axis, measures[axis], errors) for axis in AXES
+            speedup_of(group, axis, measures[axis], errors, timed_errors if axis == TIME else None)
+            for axis in AXES
         )
         if group.role == "grown":
             controls += verdicts_on(group, groups, noise, errors, named)
-    notes = (*unchecked(runs), *_notes(groups, scratch, noise), *_seed_notes(groups, effects),
-             *_pilot_notes(pilots, step_seconds))  # fmt: skip
-    return Comparison(groups, step_seconds, measures, noise, speedups, tuple(controls), notes)
+    notes = (*unchecked(runs, timed), *_notes(groups, scratch, noise),
+             *_seed_notes(groups, effects), *_pilot_notes(pilots, step_seconds))  # fmt: skip
+    return Comparison(groups, rows, measures, noise, speedups, tuple(controls), notes)
 
 
 def _scratch_that_counts(groups: Sequence[Group]) -> list[Group]:
@@ -206,12 +217,18 @@ def seed_errors(noise: Noise, group: Group, groups: Sequence[Group]) -> Floats:
     return noise.draws(len(group.counted), GROWN, groups.index(group))
 
 
-def speedup_of(group: Group, axis: str, measure: Measure, errors: Floats) -> Speedup:
-    """What a group took on one axis against scratch; `errors`: its `seed_errors`."""
+def speedup_of(
+    group: Group, axis: str, measure: Measure, errors: Floats, timing: Floats | None = None
+) -> Speedup:
+    """What a group took on one axis against scratch; `errors`: its `seed_errors`, `timing`: its
+    `ratio_errors`, where step times are only known so well.
+    """
     cost, loss, frontier = group.cost(axis), group.loss, measure.frontier
     refusal = _outside(group, axis, frontier)
     scratch_cost = math.nan if refusal else float(frontier.cost_of(np.array([loss]))[0])
     ratios = None if refusal else frontier.costs_of(loss + errors, measure.errors) / cost
+    if ratios is not None and timing is not None:
+        ratios = ratios * np.exp(timing)
     return Speedup(
         axis=axis,
         cost=cost,

@@ -35,6 +35,15 @@ def within(comparison: Comparison, budget: float) -> list[Affordable]:
     return sorted(found, key=lambda one: one.loss)
 
 
+def scratch_unknown(comparison: Comparison, seconds: float) -> list[str]:
+    """A sentence where no scratch runs bracket so much reference time; none where they do."""
+    costs = comparison.measures[TIME].frontier.costs
+    if not len(costs) or costs[0] <= seconds <= costs[-1]:
+        return []
+    runs = "runs that count took"
+    return [f"scratch is not known there: its {runs} {costs[0]:,.0f} to {costs[-1]:,.0f} s"]
+
+
 def check_budget(budget: float) -> float:
     """`budget` itself; UserError where it is no time."""
     if not 0 < budget < math.inf:

@@ -105,7 +105,7 @@ def _judge(nats: float, found: Interval, shares: Sequence[float]) -> tuple[str, 
         return "undecided", "it was trained for longer; train a shorter one, too"
     if found.low <= 0 <= found.high:
         return "undecided", "the difference lies within the seeds' noise"
-    sure = "" if math.isfinite(found.low) else "; one seed each, so nobody knows how surely"
-    if nats > 0:
-        return "loses", f"{nats:.4f} nats behind at equal time{sure}"
-    return "wins", f"{-nats:.4f} nats ahead at equal time: growth does not pay here{sure}"
+    told = f"{abs(nats):.4f} nats {'behind' if nats > 0 else 'ahead'} at equal time"
+    if not math.isfinite(found.low):
+        return "undecided", f"{told}, but with one seed of each recipe nobody knows the noise"
+    return ("loses", told) if nats > 0 else ("wins", f"{told}: growth does not pay here")

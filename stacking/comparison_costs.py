@@ -37,7 +37,17 @@ class Point:
 
 
 def reference_step_seconds(runs: Iterable[Run]) -> dict[str, float]:
-    """Median seconds per step of each configuration, over all rows of all runs that have it.
+    """Median seconds per step of each configuration, over all rows of all runs that have it."""
+    return medians(step_rows(runs))
+
+
+def medians(rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of each configuration's rows."""
+    return {name: median(seconds) for name, seconds in rows.items()}
+
+
+def step_rows(runs: Iterable[Run]) -> dict[str, list[float]]:
+    """Seconds per step of each configuration, all rows of all runs that have it.
 
     A trunk's rows count once, however many of its branches have copies of them.
     """
@@ -51,14 +61,14 @@ def reference_step_seconds(runs: Iterable[Run]) -> dict[str, float]:
                 if math.isfinite(row.step_seconds):
                     key = first, row.global_step, row.elapsed_seconds
                     of_configuration[key] = row.step_seconds
-    return {name: median(rows.values()) for name, rows in seconds.items() if rows}
+    return {name: list(rows.values()) for name, rows in seconds.items() if rows}
 
 
-def timed_step_seconds(timed: Sequence[Run], runs: Sequence[Run]) -> dict[str, float]:
+def timed_step_rows(timed: Sequence[Run], runs: Sequence[Run]) -> dict[str, list[float]]:
     """The same from runs that were made to be timed; UserError if one of `runs` has another
     configuration.
     """
-    found = reference_step_seconds(timed)
+    found = step_rows(timed)
     missing = [
         f"{run.folder}, stage {stage + 1}"
         for run in runs

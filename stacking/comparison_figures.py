@@ -32,7 +32,7 @@ LINE_STYLES: dict[str, tuple[LineStyle, ...]] = {
     "other": (":", (0, (1, 2)), (0, (1, 3))),
 }
 """Of a role; the next one where the colours begin anew."""
-LONGEST_LABEL, LEGEND_ROW = 56, 0.19  # characters; inches
+LONGEST_LABEL, LEGEND_ROW = 52, 0.19  # characters; inches
 TITLE_CHARACTERS = 66  # of a line over a half figure
 
 

@@ -6,9 +6,10 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from stacking.comparison import Comparison, Speedup
-from stacking.comparison_budget import within
+from stacking.comparison_budget import scratch_unknown, within
 from stacking.comparison_controls import ControlVerdict, worst
 from stacking.comparison_costs import AXES, TIME
 from stacking.comparison_figures import loss_by_switch, loss_over
@@ -46,10 +47,12 @@ where they were named, steps that they share once; tuning and pilots that were n
 charged.</p>
 <p>Intervals (95 %) are a bootstrap over seeds: each draw gives every recipe other seeds, by
 residuals that are pooled over all recipes, and reads the ratio off the frontier that these would
-make. Runs that branched from the same trunk have their noise in common: they move together, and
-count once. How large the noise is few seeds do not tell, so every draw divides by a size of its
-own, as Student's t does. In 1,000 simulated comparisons whose truth is known, of 3 seeds and with
-noise of one size, these intervals held it in 94 % with scratch runs trained independently, in 95 %
+make. In reference time it draws the step times, too, by the rows that they are medians of; that the
+machine was slower for all rows of a size it does not know. Runs that branched from the same trunk
+have their noise in common: they move together, and count once. How large the noise is few seeds do
+not tell, so every draw divides by a size of its own, as Student's t does. In 1,000 simulated
+comparisons whose truth is known, of 3 seeds and with noise of one size, these intervals held it in
+94 % with scratch runs trained independently, in 95 %
 with decay branches of one trunk; of 2 seeds in 95 and 96 %. They do not know of other data or
 sizes, of recipes that are noisier than others, nor that the best of many recipes was chosen by this
 comparison. What a seed does to all recipes alike, by its masks of the evaluation and its order of
@@ -148,6 +151,7 @@ def text(comparison: Comparison, budget: float | None = None) -> str:
         lines.append(f"within {budget:,.0f} s of reference time:")
         lines += [f"  {one.loss:.4f}  {one.name} ({one.role}), {one.cost:,.1f} s"
                   for one in within(comparison, budget)] or ["  nothing"]  # fmt: skip
+        lines += [f"  {told}" for told in scratch_unknown(comparison, budget)]
     return "\n".join(lines + [f"note: {note}" for note in comparison.notes])
 
 
@@ -201,10 +205,16 @@ def _cards(comparison: Comparison) -> str:
         (f"{found.ratio:.2f}x", "t0/t in reference time", f"95 %: {_between(found.interval)}"),
         (percent(found.time_saved), "time saved, 1 - t/t0", "at equal validation loss"),
         (percent(found.gain), "speed-up, t0/t - 1", "at equal validation loss"),
-        (_known(found.nats_ahead), "nats ahead at equal time", _between(found.nats_interval, 4)),
+        (_known(found.nats_ahead), "nats ahead at equal time", _ahead(comparison, found)),
         (verdict, "the never-grown control", "at equal reference time"),
         (html.escape(group.name), "best grown recipe", f"of {tried}; chosen by this comparison"),
     ])  # fmt: skip
+
+
+def _ahead(comparison: Comparison, found: Speedup) -> str:
+    """How surely, or why nobody knows."""
+    unknown = scratch_unknown(comparison, found.cost)
+    return unknown[0] if unknown else _between(found.nats_interval, 4)
 
 
 def _time_table(comparison: Comparison) -> str:
@@ -272,9 +282,11 @@ def _budget_table(comparison: Comparison, budget: float) -> str:
         for one in within(comparison, budget)
     ]
     head = f"<h2>Within {_time(budget)} of reference time</h2>"
+    unknown = "".join(f"<p>{told}.</p>" for told in scratch_unknown(comparison, budget))
     if not rows:
-        return f"{head}<p>No recipe ends within it.</p>"
-    return head + table(("recipe", "role", "reference time", "validation loss"), rows)
+        return f"{head}<p>No recipe ends within it.</p>{unknown}"
+    columns = ("recipe", "role", "reference time", "validation loss")
+    return head + table(columns, rows) + unknown
 
 
 def _figures(comparison: Comparison) -> str:
@@ -313,11 +325,16 @@ def _run_table(comparison: Comparison) -> str:
 def _step_table(comparison: Comparison) -> str:
     rows = [
         (html.escape(group.name), str(stage + 1), str(plan.num_hidden_layers), f"{plan.steps:,}",
-         number(comparison.step_seconds.get(group.first.configuration(stage), math.nan), 4))
+         *_median(comparison.step_rows.get(group.first.configuration(stage), [])))
         for group in comparison.groups
         for stage, plan in enumerate(group.first.recipe.stages)
     ]  # fmt: skip
-    return table(("recipe", "stage", "layers", "steps", "median seconds per step"), rows)
+    head = ("recipe", "stage", "layers", "steps", "median seconds per step", "of rows")
+    return table(head, rows)
+
+
+def _median(seconds: Sequence[float]) -> tuple[str, str]:
+    return number(median(seconds) if seconds else math.nan, 4), f"{len(seconds):,}"
 
 
 def _at(speedups: Sequence[Speedup], axis: str) -> Speedup | None:

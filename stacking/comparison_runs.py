@@ -8,8 +8,8 @@ from pathlib import Path
 
 from data_prep.plain_files import read_plain
 from stacking.config import BertConfig, Recipe
-from stacking.config_loading import JsonObject, read_json_object
-from stacking.errors import UserError
+from stacking.config_loading import JsonObject, load_recipe, read_json_object
+from stacking.errors import ConfigError, UserError
 from stacking.report_metrics import RunMetrics, read_metrics
 from stacking.run_folder import BRANCHES
 from stacking.schedule import learning_rate
@@ -50,6 +50,8 @@ class Run:
         """Why its last loss does not count; empty if it does."""
         last = self.metrics.evaluations[-1] if self.metrics.evaluations else None
         steps = self.recipe.total_steps
+        if not self.metrics.is_finished and self.metrics.global_step >= steps:
+            return "its end is not in metrics.jsonl; the command that trained it writes it"
         if not self.metrics.is_finished:
             return f"unfinished: step {self.metrics.global_step:,} of {steps:,}"
         if last is None or last.global_step != steps or not math.isfinite(last.val_mlm_loss):
@@ -104,10 +106,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read_run(folder: Path) -> Run:
     metrics = read_metrics(folder / "metrics.jsonl")
     path = folder / "recipe.json"
+    _content(path)
     try:
-        recipe = Recipe.model_validate_json(_content(path))
-    except ValueError as error:
-        raise UserError(f"{path}: is no recipe of this version: {error}") from error
+        recipe = load_recipe(path)
+    except ConfigError as error:
+        faults = "; ".join(error.faults)
+        raise UserError(f"{path}: is no recipe of this version: {faults}") from error
     settings = folder / "deepspeed.json"
     _content(settings)
     stages = read_json_object(settings).get("stages")
@@ -209,9 +213,11 @@ _OF_TIME = ("global_batch_size", "device", "device's name", "ranks", "precision"
 """Of the facts, those that a pilot has to share."""
 
 
-def unchecked(runs: Sequence[Run]) -> list[str]:
-    """What could not be held against each other, for people."""
-    return [*_unknown(runs), *_other_engines(runs), *_other_rates(runs)]
+def unchecked(runs: Sequence[Run], timed: Sequence[Run] = ()) -> list[str]:
+    """What could not be held against each other, for people; `timed`: runs that alone say what a
+    step takes, if any.
+    """
+    return [*_unknown(runs), *_other_engines(runs), *_other_rates(timed or runs)]
 
 
 def _unknown(runs: Sequence[Run]) -> list[str]:

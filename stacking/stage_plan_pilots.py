@@ -8,6 +8,7 @@ model that grows inside one does not catch up (Bu 2025, arXiv 2511.04981).
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 from stacking.comparison_costs import TIME, Point, curve, reference_step_seconds, spent
@@ -125,14 +126,27 @@ def gather(
         switch.seconds
         for run in runs for switch in run.metrics.switches if math.isfinite(switch.seconds)
     ]  # fmt: skip
+    candidates = sorted(found, key=lambda one: one.first.num_hidden_layers)
     return Evidence(
         target=_name(Stage(num_hidden_layers=recipe.model.num_hidden_layers, steps=1)),
         target_time=times.of(recipe.model, recipe.data),
         switch_seconds=median(switches) if switches else math.nan,
         pilot_seconds=spent(runs, step_seconds)[TIME],
-        candidates=tuple(sorted(found, key=lambda one: one.first.num_hidden_layers)),
-        notes=tuple(unchecked(runs)) if runs else (),
+        candidates=tuple(candidates),
+        notes=(*(unchecked(runs) if runs else ()), *_odd_times(candidates)),
     )
+
+
+def _odd_times(candidates: Sequence[Candidate]) -> list[str]:
+    """A note for each candidate that seems slower than the next one with more layers."""
+    return [
+        f"{small.model} took longer than {large.model}, {small.time.seconds:.3g} against "
+        f"{large.time.seconds:.3g} s a step: one of them was timed on a busy machine. Time them "
+        "here with --measure, and nothing else running."
+        for small, large in pairwise(candidates)
+        if small.first.num_hidden_layers < large.first.num_hidden_layers
+        and small.time.seconds > large.time.seconds
+    ]
 
 
 def _refuse_other_tasks(recipe: Recipe, runs: Sequence[Run]) -> None:
@@ -256,7 +270,7 @@ def _length(pilot: Pilot) -> int:
 def _mixing(form: _Form, scratch: Sequence[Pilot], tolerance: float) -> Mixing:
     """The slowest that any pilot has seen."""
     if not form.grown:
-        return Mixing(0, False, 0, f"no pilot grows from {_name(form.first)}")
+        return Mixing(0, False, 0, f"no pilot grows from {_name(form.first)} in one hop")
     if not scratch:
         return Mixing(0, False, 0, "no pilot trains the target from scratch to compare with")
     found = []

@@ -62,6 +62,7 @@ LAYERS = {
         "doctor_hosts", "doctor_network", "doctor_probe", "doctor_recipe", "doctor_storage",
         "doctor_table", "doctor_variables",
         "comparison_budget", "comparison_controls", "comparison_seeds", "comparison_switch",
+        "comparison_timing",
         "stage_plan", "stage_plan_table", "stage_plan_cluster", "stage_plan_curves",
         "stage_plan_pilots", "stage_plan_suggest", "stage_plan_advice", "stage_plan_request",
         "stage_plan_timing"},

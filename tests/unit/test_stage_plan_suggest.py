@@ -257,6 +257,16 @@ def test_without_a_grown_run_there_are_bounds_and_no_promise(tmp_path: Path) -> 
     assert option.candidate.control.verdict == "unknown"
 
 
+def test_a_smaller_model_that_took_longer_is_told(tmp_path: Path) -> None:
+    """Its pilot ran on a busy machine."""
+    pilots = [write_pilot(tmp_path / "scratch", [(8, PLAN_STEPS)], target_law)]
+    pilots += [write_pilot(tmp_path / f"of_{depth}", [(depth, PLAN_STEPS)], small_law,
+                           seconds={2: 0.3, 4: 0.25}) for depth in (2, 4)]  # fmt: skip
+    (note,) = suggested(pilots).evidence.notes
+    assert "2 layers took longer than 4 layers, 0.3 against 0.25 s a step" in note
+    assert suggested([pilots[0], pilots[2]]).evidence.notes == ()
+
+
 def test_without_a_scratch_run_nothing_is_known_to_mix(tmp_path: Path) -> None:
     scratch, small, grown = write_pilots(tmp_path)
     found = suggested([grown, small])
