@@ -267,8 +267,8 @@ def test_the_best_recipe_grows_to_a_quarter_and_late_to_all_while_the_rate_is_co
     last = recipe.stages[-1]
     assert (last.depth, last.moments) == ("stack", "keep")
     assert last.rewarm is not None
-    assert (last.rewarm.parameters, last.rewarm.factor) == ("new", 1.3)
-    assert total / 7 < last.steps <= total / 4
+    assert (last.rewarm.parameters, last.rewarm.factor) == ("new", 2.0)
+    assert total / 8 < last.steps <= total / 4
     assert rate.decay_steps < last.steps
     assert learning_rate(total - last.steps, rate, total) == rate.peak
 
