@@ -59,7 +59,7 @@ def test_an_interval_in_reference_time_knows_of_the_rows_of_its_sizes(
         steps = next(found for found in comparison.of(best[0]) if found.axis == "steps")
         width[f"{name} in steps"] = steps.interval.high - steps.interval.low
     assert width["unsure in steps"] == width["sure in steps"]
-    errors = [step_errors(comparison.step_rows) for comparison in (sure, unsure)]
-    moved = max(max(abs(error).max() for error in one.values()) for one in errors)
+    errors = step_errors(unsure.step_rows).values()
+    spread = max(np.quantile(error, 0.975) - np.quantile(error, 0.025) for error in errors)
+    assert 2.0 * 0.2 * spread < width["unsure"] < 2.0 * 0.25 * spread + width["sure"]
     assert width["unsure"] > 2 * width["sure"]
-    assert width["unsure"] < 2 * 2.0 * 0.25 * moved + width["sure"]
