@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # How much growth saves, on one large GPU: BERT of 12 layers x 512, S = 128, one seed and one rate.
-# Trains from scratch to five lengths, grown (one hop from 3 and from 1 layers, at 50 and at 70 %) and
-# the small models alone, each for longer and for less time than the grown ones; what runs share is
-# trained once (the recipe's branches). Then it compares them. See --help.
+# Trains from scratch to five lengths, grown (one hop from 3 and from 1 layers, at 50 and at 70 %, and
+# the best of docs/evidence.md) and the small models alone, each for longer and for less time than the
+# grown ones; what runs share is trained once (the recipe's branches). Then it compares them. See --help.
 set -euo pipefail
 
 usage() {
