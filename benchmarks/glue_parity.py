@@ -151,8 +151,9 @@ def fine_tune_transformers(job: GlueJob, head: str) -> Scores:
     torch.manual_seed(job.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=task.num_logits, local_files_only=True
-    )
+        folder, num_labels=task.num_logits, local_files_only=True,
+        hidden_dropout_prob=setting.dropout, attention_probs_dropout_prob=setting.dropout,
+    )  # fmt: skip
     if head == "zero":
         for parameter in model.classifier.parameters():
             torch.nn.init.zeros_(parameter)

@@ -49,6 +49,8 @@ class Setting:
     """Decoupled, of all parameters, as in 2019."""
     max_grad_norm: float = 0.0
     """0: gradients are not clipped."""
+    dropout: float = 0.1
+    """Of hidden states and of attention, as in 2019, whatever the pre-training's was."""
 
     def num_steps(self, num_rows: int) -> int:
         """Updates: the last batch of an epoch may be smaller."""
@@ -93,7 +95,10 @@ class FineTuner:
     ) -> None:
         """Build the engine; ConfigError where the JSON or the sizes do not fit."""
         _require_one_rank()
-        self._recipe = _recipe(start.config, setting, setting.num_steps(num_rows), seed)
+        config = start.config.model_copy(update={
+            "hidden_dropout_prob": setting.dropout, "attention_probs_dropout_prob": setting.dropout
+        })  # fmt: skip
+        self._recipe = _recipe(config, setting, setting.num_steps(num_rows), seed)
         accelerator = engine.start()
         self._setting = setting
         self._num_rows = num_rows
@@ -104,7 +109,7 @@ class FineTuner:
         self._resolved = _quiet(engine_options.settle([resolved], engine.current_device())[0])
         snapshot = Snapshot(initial_weights(make_model, start))
         self._engine = TrainEngine(
-            start.config, self._recipe.optimizer, self._resolved, snapshot, make_model=make_model
+            config, self._recipe.optimizer, self._resolved, snapshot, make_model=make_model
         )
 
     def __enter__(self) -> Self:

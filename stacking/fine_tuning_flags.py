@@ -14,6 +14,8 @@ FLAGS: tuple[tuple[str, dict[str, Any]], ...] = (
                   "help": "instead of the recipe's own"}),
     ("--batch-size", {"type": int, "metavar": "N", "help": "likewise, in sequences"}),
     ("--learning-rate", {"type": float, "metavar": "X", "help": "likewise, the highest"}),
+    ("--dropout", {"type": float, "metavar": "X", "help": "likewise, of hidden states and of "
+                   "attention (default: 0.1, whatever the pre-training had)"}),
     ("--processes", {"type": int, "default": 1, "metavar": "N", "help": "so many runs at a time"}),
     ("--tag", {"help": "checkpoint of the run folder (default: the furthest)"}),
     ("--tokenizer", {"type": Path, "metavar": "FILE", "help": "tokenizer.json, if MODEL has none"}),

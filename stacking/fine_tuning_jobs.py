@@ -23,7 +23,8 @@ from stacking.pretrained import Pretrained, load
 
 _TOLD_EVERY = 30.0  # seconds
 FLAG_OF = {
-    "num_epochs": "--epochs", "batch_size": "--batch-size", "learning_rate": "--learning-rate"
+    "num_epochs": "--epochs", "batch_size": "--batch-size", "learning_rate": "--learning-rate",
+    "dropout": "--dropout",
 }  # fmt: skip
 """The flags that replace a field of Setting."""
 
@@ -67,6 +68,7 @@ class Asked:
     num_epochs: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         """ConfigError with all faults."""
@@ -77,6 +79,8 @@ class Asked:
                   for name, value in least.items() if value is not None and value < 1]  # fmt: skip
         if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             faults.append(f"--learning-rate: got {self.learning_rate}; allowed: above 0, at most 1")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            faults.append(f"--dropout: got {self.dropout}; allowed: 0 or more, below 1")
         if faults:
             raise ConfigError(faults)
 

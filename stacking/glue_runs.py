@@ -6,7 +6,7 @@ The paper searches with its baseline, and its other models use what that found.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -43,7 +43,8 @@ class GlueRequest:
     def __post_init__(self) -> None:
         """ConfigError with all faults."""
         grids = ["--grid"] * self.grid + ["--grid-from"] * (self.grid_from is not None)
-        given = [FLAG_OF[name] for name in self.asked.settings]
+        searched = [field.name for field in fields(GridPoint)]
+        given = [FLAG_OF[name] for name in self.asked.settings if name in searched]
         if len(grids) > 1:
             raise ConfigError("--grid searches, --grid-from does not; leave out one or the other")
         if grids and given:

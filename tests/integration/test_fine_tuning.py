@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,22 @@ from stacking.hf_homes import BERT, to_home
 from stacking.pretrained import Pretrained
 
 FP32 = ROOT / "deepspeed_configs/cpu_fp32.json"
-QUICK = ["--deepspeed_config", FP32, "--learning-rate", 3e-3, "--batch-size", 8, "--epochs", 12]
+QUICK = [
+    "--deepspeed_config",
+    FP32,
+    "--learning-rate",
+    3e-3,
+    "--batch-size",
+    8,
+    "--epochs",
+    12,
+    "--dropout",
+    0,
+]
 
 # -- a whole fine-tuning beside a plain loop ---------------------------------------------------
 
-SETTING = Setting(num_epochs=2, batch_size=4, learning_rate=2e-3, warmup_share=0.25)
+SETTING = Setting(num_epochs=2, batch_size=4, learning_rate=2e-3, warmup_share=0.25, dropout=0.0)
 NUM_ROWS, SEED = 23, 5  # the last batch of an epoch has three rows
 
 
@@ -101,12 +112,12 @@ class Trained:
     losses: list[float]
 
 
-def by_engine() -> Trained:
+def by_engine(setting: Setting = SETTING) -> Trained:
     _, start = start_of()
     rows = Numbers.draw(start.config)
     losses: list[float] = []
     with FineTuner(
-        start, MAKE, SETTING, load_deepspeed_config(FP32), num_rows=NUM_ROWS, seed=SEED
+        start, MAKE, setting, load_deepspeed_config(FP32), num_rows=NUM_ROWS, seed=SEED
     ) as tuner:
         tuner.train(lambda _: rows, lambda done, total, loss: losses.append(loss))
         logits = np.zeros((NUM_ROWS, 3), np.float32)
@@ -174,6 +185,8 @@ class Told:
 
     folder: Path
     by_engine: Trained
+    dropped: Trained
+    """With dropout, of a model that was pre-trained without."""
     code: int
 
 
@@ -182,7 +195,8 @@ def train_words(folder: Path, *more: object) -> list[object]:
 
 
 def do_both(folder: Path) -> Told:
-    return Told(folder, by_engine(), main_of("glue.py", *train_words(folder)))
+    dropped = by_engine(replace(SETTING, dropout=0.3))
+    return Told(folder, by_engine(), dropped, main_of("glue.py", *train_words(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +222,14 @@ def test_a_fine_tuning_is_that_of_a_plain_loop_with_transformers_class(told: Tol
     for name, weight in expected.weights.items():
         np.testing.assert_allclose(named[name].numpy(), weight, atol=1e-5, err_msg=name)
         assert not torch.equal(named[name], before[name]), name
+
+
+def test_dropout_is_the_settings_whatever_the_pre_training_had(told: Told) -> None:
+    found, plain = told.dropped, told.by_engine
+    assert found.losses[0] == pytest.approx(math.log(3))  # heads at zero
+    differences = np.abs(np.array(found.losses) - np.array(plain.losses))
+    assert differences[2:].max() > 1e-2
+    assert differences.max() < 1  # nothing else is different
 
 
 # -- GLUE --------------------------------------------------------------------------------------

@@ -90,9 +90,10 @@ SQUAD = "squad.py train run learn dev --out out"
 TWO_RANKS = (("RANK", "0"), ("WORLD_SIZE", "2"))
 
 BOTH = [
-    ("--seeds 0 --first-seed 0 --processes 0 --epochs 0 --batch-size -1 --learning-rate nan",
-     "error: 6 faults in the configuration:\n  - --seeds: got 0; allowed: 1 or more\n"),
+    ("--seeds 0 --first-seed 0 --processes 0 --epochs 0 --batch-size -1 --learning-rate nan "
+     "--dropout 1", "error: 7 faults in the configuration:\n  - --seeds: got 0; allowed: 1 or more\n"),
     ("--learning-rate 2", "--learning-rate: got 2.0; allowed: above 0, at most 1"),
+    ("--dropout nan", "--dropout: got nan; allowed: 0 or more, below 1"),
     ("--batch-size 100000000", "global_batch_size: got 100000000; allowed: "),
     ("--first-seed 99999999999", "seed: got 99999999999; allowed: "),
     ("--deepspeed_config none", "none: "),

@@ -73,15 +73,15 @@ def test_each_task_has_its_recipe_and_each_seed_its_folder(stub: Stub, request_o
     assert asked == [("RTE", 3, "seed_3"), ("RTE", 4, "seed_4"),
                      ("STS-B", 3, "seed_3"), ("STS-B", 4, "seed_4")]  # fmt: skip
     settings = {job.task: job.setting for job in stub.asked}
-    assert settings == {"RTE": Setting(4, 16, 3e-5, 0.1, 0.01, 0.0),
-                        "STS-B": Setting(4, 32, 5e-5, 0.1, 0.01, 0.0)}  # fmt: skip
+    assert settings == {"RTE": Setting(4, 16, 3e-5, 0.1, 0.01, 0.0, 0.1),
+                        "STS-B": Setting(4, 32, 5e-5, 0.1, 0.01, 0.0, 0.1)}  # fmt: skip
     assert outcome.scores("RTE") == pytest.approx([70.3, 70.4])
     assert "RTE       70.35 +- 0.64   (2 seeds, 95 % interval)" in training_lines(outcome)
 
 
 def test_flags_replace_the_recipe(stub: Stub, request_of: Any) -> None:
-    run(request_of("CoLA", num_epochs=7, learning_rate=1e-3))
-    assert stub.asked[0].setting == Setting(7, 16, 1e-3, 0.1, 0.01, 0.0)
+    run(request_of("CoLA", num_epochs=7, learning_rate=1e-3, dropout=0.0))
+    assert stub.asked[0].setting == Setting(7, 16, 1e-3, 0.1, 0.01, 0.0, dropout=0.0)
 
 
 def test_what_is_done_is_not_done_again(stub: Stub, request_of: Any) -> None:

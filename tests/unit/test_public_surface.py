@@ -19,7 +19,8 @@ TEXT = {
 
 FINE_TUNING = {
     "--out", "--seeds", "--first-seed", "--epochs", "--batch-size", "--learning-rate",
-    "--processes", "--tag", "--tokenizer", "--deepspeed_config", "--strict-precision", JSON,
+    "--dropout", "--processes", "--tag", "--tokenizer", "--deepspeed_config", "--strict-precision",
+    JSON,
 }  # fmt: skip
 
 FLAGS = {
