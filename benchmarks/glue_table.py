@@ -24,8 +24,9 @@ import numpy as np
 
 from stacking.errors import ConfigError, UserError
 from stacking.glue_data import read_glue
-from stacking.glue_metrics import difference, over_seeds, score_rows, task_score
+from stacking.glue_metrics import score_rows, task_score
 from stacking.glue_tasks import BY_NAME, TASKS, GlueTask
+from stacking.score_statistics import difference, over_seeds
 
 Seeds = dict[int, dict[str, Any]]
 """Contents of result files by seed."""

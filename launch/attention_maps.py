@@ -18,25 +18,23 @@ from data_prep.tokens.tokenizer import load_tokenizer
 from stacking.attention_maps_files import Limits, share_rows, table, write_attention
 from stacking.attention_maps_models import find_models
 from stacking.attention_maps_text import read_sentences
-from stacking.errors import UserError
+from stacking.commands import STARTS_ANEW, exit_code
 
 
 def main() -> int:
-    """0 done, 2 the user's mistake."""
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     asked = parse_arguments()
-    try:
-        source = find_models(asked.model, asked.tags, all_switches=asked.all_switches)
-        tokenizer = load_tokenizer(source.tokenizer)
-        shown, measured, notes = read_sentences(
-            asked.sentence, asked.text, tokenizer, source.longest
-        )
-        models = list(source.attention(shown, measured))
-        limits = Limits(asked.layers, asked.heads, asked.show)
-        files, left_out = write_attention(models, shown, asked.out, limits)
-    except UserError as error:
-        print(json.dumps({"error": str(error)}) if asked.json else f"error: {error}",
-              file=sys.stderr)  # fmt: skip
-        return 2
+    return exit_code(lambda: run(asked), as_json=asked.json, stopped=STARTS_ANEW)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Draw, and print the shares; 0."""
+    source = find_models(asked.model, asked.tags, all_switches=asked.all_switches)
+    tokenizer = load_tokenizer(source.tokenizer)
+    shown, measured, notes = read_sentences(asked.sentence, asked.text, tokenizer, source.longest)
+    models = list(source.attention(shown, measured))
+    limits = Limits(asked.layers, asked.heads, asked.show)
+    files, left_out = write_attention(models, shown, asked.out, limits)
     notes = [*source.notes, *notes, *left_out]
     if asked.json:
         print(json.dumps({"sentence": shown.tokens, "sentences": len(measured),

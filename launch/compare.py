@@ -17,24 +17,24 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from stacking.commands import STARTS_ANEW, exit_code
 from stacking.comparison import Comparison, compare
 from stacking.comparison_budget import check_budget, within
 from stacking.comparison_page import speedup_rows, text, write_comparison
 from stacking.comparison_runs import each_once, read_pilots, read_runs, with_branches
-from stacking.errors import UserError
 
 
 def main() -> int:
-    """0 done, 2 the user's mistake."""
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     arguments = parse_arguments()
-    try:
-        budget = None if arguments.budget is None else check_budget(arguments.budget)
-        comparison = compare_folders(arguments)
-        page = write_comparison(comparison, arguments.out, budget)
-    except UserError as error:
-        print(json.dumps({"error": str(error)}) if arguments.json else f"error: {error}",
-              file=sys.stderr)  # fmt: skip
-        return 2
+    return exit_code(lambda: run(arguments), as_json=arguments.json, stopped=STARTS_ANEW)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, write the page and print the table; 0."""
+    budget = None if arguments.budget is None else check_budget(arguments.budget)
+    comparison = compare_folders(arguments)
+    page = write_comparison(comparison, arguments.out, budget)
     if arguments.json:
         print(json.dumps(as_json(comparison, page, budget)))
     else:

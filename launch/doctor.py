@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from stacking.commands import STARTS_ANEW, exit_code
 from stacking.doctor import DEFAULT_PORT, Request, examine
 from stacking.doctor_table import examination_json, show_examination
 
@@ -23,8 +24,13 @@ WIDTH = 100  # columns, where the output is no terminal
 
 
 def main() -> int:
-    """0 nothing stands in the way, 2 something does."""
+    """0 nothing stands in the way, 2 something does, 3 stopped by Ctrl-C."""
     given = parse_arguments()
+    return exit_code(lambda: run(given), as_json=given.json, stopped=STARTS_ANEW)
+
+
+def run(given: argparse.Namespace) -> int:
+    """Ask, and show what was found; 2 if something stands in the way."""
     seen = examine(
         Request(
             given.hostfile,

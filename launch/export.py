@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from stacking.checkpoint import Checkpoint
-from stacking.errors import UserError, is_users
+from stacking.commands import STARTS_ANEW, exit_code
 from stacking.hf import ExportReport, save_pretrained
 from stacking.hf_card import card
 from stacking.hf_card_facts import run_facts
@@ -23,19 +23,17 @@ HINT = "the model card does not state the data's licence; to do so: --data-licen
 
 
 def main() -> int:
-    """0 done, 2 the user's mistake."""
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     options = parse_arguments()
-    try:
-        checkpoint = find_checkpoint(options.run_dir, options.tag)
-        report = export(
-            options.run_dir, checkpoint, options.out, options.data_license, options.language
-        )
-    except (UserError, OSError) as error:
-        if not is_users(error):
-            raise
-        told = json.dumps({"error": str(error)}) if options.json else f"error: {error}"
-        print(told, file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(options), as_json=options.json, stopped=STARTS_ANEW)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export and say what came of it; 0."""
+    checkpoint = find_checkpoint(options.run_dir, options.tag)
+    report = export(
+        options.run_dir, checkpoint, options.out, options.data_license, options.language
+    )
     hints = [HINT] if options.data_license is None else []
     result = {
         "architecture": report.architecture,

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from stacking.errors import UserError, is_users
+from stacking.commands import GOES_ON, exit_code
 from stacking.fine_tuning_flags import FLAGS, GLUE_FLAGS
 from stacking.glue_scores import score_folders
 from stacking.glue_tables import score_lines
@@ -24,21 +24,8 @@ EXAMPLES = "examples:" + (__doc__ or "").partition("examples:")[2]
 def main() -> int:
     """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     asked = parse_arguments()
-    try:
-        (train if asked.verb == "train" else score)(asked)
-    except (UserError, OSError) as error:
-        if not is_users(error):
-            raise
-        return complain(f"{error}", asked.json, 2)
-    except KeyboardInterrupt:
-        return complain("stopped; the same command goes on from here", asked.json, 3)
-    return 0
-
-
-def complain(message: str, as_json: bool, code: int) -> int:
-    """Say it on stderr; the exit code."""
-    print(json.dumps({"error": message}) if as_json else f"error: {message}", file=sys.stderr)
-    return code
+    run = train if asked.verb == "train" else score
+    return exit_code(lambda: run(asked), as_json=asked.json, stopped=GOES_ON)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,18 +56,19 @@ def _add_tasks(verb: argparse.ArgumentParser) -> None:
                       metavar="NAME", help=f"of {', '.join(BY_NAME)} (default: all)")  # fmt: skip
 
 
-def train(asked: argparse.Namespace) -> None:
-    """Fine-tune and print a line a task."""
+def train(asked: argparse.Namespace) -> int:
+    """Fine-tune and print a line a task; 0."""
     training = importlib.import_module("stacking.glue_outcome")  # only this verb needs torch
     print(training.train(vars(asked) | {"tasks": _tasks(asked)}))
+    return 0
 
 
 def _tasks(asked: argparse.Namespace) -> tuple[GlueTask, ...]:
     return tuple(BY_NAME[name] for name in BY_NAME if name in asked.tasks)
 
 
-def score(asked: argparse.Namespace) -> None:
-    """Score the predictions of a folder."""
+def score(asked: argparse.Namespace) -> int:
+    """Score the predictions of a folder; 0."""
     found = score_folders(asked.gold, asked.predictions, _tasks(asked))
     for note in found.notes:
         print(note, file=sys.stderr)
@@ -89,6 +77,7 @@ def score(asked: argparse.Namespace) -> None:
                           "skipped": found.skipped, "average": asdict(found.average)}))  # fmt: skip
     else:
         print("\n".join(score_lines(found)))
+    return 0
 
 
 if __name__ == "__main__":

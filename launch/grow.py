@@ -10,25 +10,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stacking.errors import ConfigError, UserError
+from stacking.commands import exit_code
+from stacking.errors import ConfigError
 from stacking.growth.plan import Operators
 from stacking.hf_grow import FolderPlan, grow_folder, plan_folder
 
+STOPPED = "stopped; nothing was written, the same command starts anew"
 DIMENSIONS = ("depth", "ffn", "heads", "hidden", "positions")
 
 
 def main() -> int:
     """0 done, 2 the user's mistake, 3 stopped by Ctrl-C with nothing written."""
     asked = parse_arguments()
-    try:
-        plan = plan_of(asked)
-        if not asked.json:
-            print(plan.text(), flush=True)
-        report = grow_folder(plan, asked.seed)
-    except UserError as error:
-        return complain(str(error), asked.json, 2)
-    except KeyboardInterrupt:
-        return complain("stopped; nothing was written, the same command starts anew", asked.json, 3)
+    return exit_code(lambda: run(asked), as_json=asked.json, stopped=STOPPED)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Plan, grow, and print the report; 0."""
+    plan = plan_of(asked)
+    if not asked.json:
+        print(plan.text(), flush=True)
+    report = grow_folder(plan, asked.seed)
     result = report.as_dict() | {"decided": list(plan.notes)}
     print(json.dumps(result) if asked.json else report.text())
     return 0
@@ -82,13 +84,6 @@ def sizes(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
         else:
             target[key] = int(value)
     return target, faults
-
-
-def complain(message: str, as_json: bool, code: int) -> int:
-    """Say what went wrong in the form that was asked for."""
-    text = json.dumps({"error": message}) if as_json else f"error: {message}"
-    print(text, file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

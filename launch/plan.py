@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 from stacking.cluster_time import load_cluster
+from stacking.commands import STARTS_ANEW, exit_code
 from stacking.config_loading import JsonObject, load_recipe
 from stacking.deepspeed_config import load_deepspeed_config
-from stacking.errors import UserError
 from stacking.stage_plan import plan_recipe
 from stacking.stage_plan_advice import show_suggestion, suggestion_json
 from stacking.stage_plan_cluster import cluster_json, plan_cluster, show_cluster_plan
@@ -32,15 +32,15 @@ ABOUT = {"nodes": ("device", "gpus_per_node", "utilisation", "network_gbits"),
 
 
 def main() -> int:
-    """0 done, 2 the user's mistake."""
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     arguments = parse_arguments()
+    return exit_code(lambda: run(arguments), as_json=arguments.json, stopped=STARTS_ANEW)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan and print; 0."""
     width = shutil.get_terminal_size((WIDTH, 50)).columns
-    try:
-        values = plan(arguments, Console(width=width, highlight=False, quiet=arguments.json))
-    except UserError as error:
-        print(json.dumps({"error": str(error)}) if arguments.json else f"error: {error}",
-              file=sys.stderr)  # fmt: skip
-        return 2
+    values = plan(arguments, Console(width=width, highlight=False, quiet=arguments.json))
     if arguments.json:
         print(json.dumps(values))
     return 0

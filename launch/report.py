@@ -9,20 +9,20 @@ import json
 import sys
 from pathlib import Path
 
-from stacking.errors import UserError
+from stacking.commands import STARTS_ANEW, exit_code
 from stacking.report import read_metrics, summarize, write_report
 
 
 def main() -> int:
-    """0 done, 2 the user's mistake."""
+    """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     arguments = parse_arguments()
-    try:
-        page = write_report(arguments.run_dir)
-        summary = summarize(read_metrics(arguments.run_dir / "metrics.jsonl"))
-    except UserError as error:
-        print(json.dumps({"error": str(error)}) if arguments.json else f"error: {error}",
-              file=sys.stderr)  # fmt: skip
-        return 2
+    return exit_code(lambda: run(arguments), as_json=arguments.json, stopped=STARTS_ANEW)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page and print the headline; 0."""
+    page = write_report(arguments.run_dir)
+    summary = summarize(read_metrics(arguments.run_dir / "metrics.jsonl"))
     if arguments.json:
         print(json.dumps({"report": str(page), **summary.row()}))
     else:

@@ -9,9 +9,10 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from stacking.errors import UserError, is_users
+from stacking.commands import GOES_ON, exit_code
 from stacking.fine_tuning_flags import FLAGS, SQUAD_FLAGS
 from stacking.squad_data import SquadError, read_squad
 from stacking.squad_metrics import Scores, score_version_1, score_version_2
@@ -23,27 +24,30 @@ EXAMPLES = "examples:" + (__doc__ or "").partition("examples:")[2]
 def main() -> int:
     """0 done, 2 the user's mistake, 3 stopped by Ctrl-C."""
     asked = parse_arguments()
-    try:
-        scores = train(asked) if asked.verb == "train" else score(asked)
-    except (UserError, OSError) as error:
-        if not is_users(error):
-            raise
-        return complain(f"{error}", asked.json, 2)
-    except KeyboardInterrupt:
-        return complain("stopped; the same command goes on from here", asked.json, 3)
-    if asked.json:
-        print(json.dumps(scores))
+    return exit_code(lambda: run(asked), as_json=asked.json, stopped=GOES_ON)
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Print the scores; 0."""
+    widths: Mapping[str, float | None] = {}
+    if asked.verb == "train":
+        training = importlib.import_module("stacking.squad_runs")  # only this verb needs torch
+        results = training.train(vars(asked))
+        scores, widths = training.means(results), training.half_widths(results)
+        numbers = training.training_json(results)
     else:
-        for name, value in scores.items():
-            print(f"{name:<18} {value:10,d}" if isinstance(value, int) else
-                  f"{name:<18} {value:10.4f}")  # fmt: skip
+        scores = numbers = score(asked)
+    if asked.json:
+        print(json.dumps(numbers))
+        return 0
+    for name, value in scores.items():
+        width = widths.get(name)
+        interval = (
+            "" if not width else f" +- {width:.4f}   ({asked.num_seeds} seeds, 95 % interval)"
+        )
+        shown = f"{value:10,d}" if isinstance(value, int) else f"{value:10.4f}"
+        print(f"{name:<18} {shown}{interval}")
     return 0
-
-
-def complain(message: str, as_json: bool, code: int) -> int:
-    """Say it on stderr; the exit code."""
-    print(json.dumps({"error": message}) if as_json else f"error: {message}", file=sys.stderr)
-    return code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,17 +69,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--null-odds", type=Path, metavar="FILE",
         help="JSON: question id -> number, larger where no answer is likelier; version 2.0 only: "
         "adds the best scores and their thresholds")  # fmt: skip
-    add("--null-threshold", type=float, default=1.0, metavar="X",
-        help="null odds above which a prediction counts as no answer (default: 1.0)")  # fmt: skip
+    add("--null-threshold", type=float, metavar="X",
+        help="null odds above which a prediction counts as no answer; version 2.0 only "
+        "(default: 1.0)")  # fmt: skip
     add("--json", action="store_true", help="print the numbers as one JSON line")
     return parser.parse_args()
-
-
-def train(asked: argparse.Namespace) -> Scores:
-    """The means of the scores over the seeds; each seed's are told as they come."""
-    training = importlib.import_module("stacking.squad_runs")  # only this verb needs torch
-    scores: Scores = training.train(vars(asked))
-    return scores
 
 
 def score(asked: argparse.Namespace) -> Scores:
@@ -84,14 +82,16 @@ def score(asked: argparse.Namespace) -> Scores:
     predictions = read_predictions(asked.predictions)
     odds = None if asked.null_odds is None else read_null_odds(asked.null_odds)
     if not gold.is_version_2:
-        if odds is not None:
-            raise SquadError(f"--null-odds: {asked.gold} is of version 1.1, which has none")
+        for flag, value in (("odds", odds), ("threshold", asked.null_threshold)):
+            if value is not None:
+                raise SquadError(f"--null-{flag}: {asked.gold} is of version 1.1, which has none")
         unanswered = sum(one.id not in predictions for one in gold.examples)
         if unanswered:
             print(f"{unanswered} of {len(gold.examples)} questions have no prediction and count "
                   "as 0", file=sys.stderr)  # fmt: skip
         return score_version_1(gold.examples, predictions)
-    return score_version_2(gold.examples, predictions, odds, asked.null_threshold)
+    threshold = 1.0 if asked.null_threshold is None else asked.null_threshold
+    return score_version_2(gold.examples, predictions, odds, threshold)
 
 
 if __name__ == "__main__":

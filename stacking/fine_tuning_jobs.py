@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,23 @@ def read_finished(
     return scores, seconds
 
 
+def read_done(
+    name: str, path: Path, files: Iterable[Path], conditions: Mapping[str, object]
+) -> tuple[dict[str, float], float] | None:
+    """Scores and seconds of a job that is done; None if there is no result.
+
+    Nor is it done if one of the `files` that it wrote has gone, which is told. ConfigError as
+    `read_finished` has it.
+    """
+    if not path.exists():
+        return None
+    found = read_finished(path, conditions)
+    gone = [file for file in files if not file.exists()]
+    if gone:
+        print(f"{name}: {gone[0]} has gone, so it is done again", file=sys.stderr, flush=True)
+    return None if gone else found
+
+
 def write_result(
     path: Path,
     start: Pretrained,
@@ -152,6 +169,12 @@ def write_result(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@cache
+def tell_once(line: str) -> None:
+    """On stderr, once in this process."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def require_writable(folder: Path) -> None:

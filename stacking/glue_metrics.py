@@ -1,32 +1,25 @@
 """Labels and predictions in; GLUE's metrics in per cent out, computed by scikit-learn and scipy.
 
-Both are imported when a metric is asked for: nothing else of the project needs them.
+Both are imported when a metric is asked for.
 """
 
-import importlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 
-from stacking.errors import UserError
 from stacking.glue_data import GlueError, GlueSet
 from stacking.glue_predictions import Doubles
 from stacking.glue_tasks import BY_NAME, GlueTask, GridPoint, Metric
+from stacking.score_statistics import package
 
 Scores = dict[str, float]
 
-CONFIDENCE = 0.95
 # The leaderboard's columns; MNLI's two are one. AX is shown beside the average.
 _EIGHT = (("CoLA",), ("SST-2",), ("MRPC",), ("STS-B",), ("QQP",), ("MNLI-m", "MNLI-mm"), ("QNLI",),
           ("RTE",))  # fmt: skip
-
-
-class MissingPackageError(UserError):
-    """A package that only the metrics need is not installed."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +32,6 @@ class GlueAverage:
     """With WNLI, as the leaderboard has it; None if a task is missing."""
     missing: tuple[str, ...]
     """Tasks that the leaderboard's average lacks."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Scores of one task over seeds, in per cent."""
-
-    mean: float
-    half_width: float | None
-    """The 95 % interval is mean - half_width to mean + half_width; None for one seed."""
-    num_seeds: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What one model has over another, in points."""
-
-    mean: float
-    half_width: float | None
-    """The 95 % interval is mean - half_width to mean + half_width; None where one has one seed."""
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def task_metrics(task: GlueTask, labels: Doubles, predictions: Doubles) -> Scores:
@@ -126,37 +95,6 @@ def glue_average(scores: Mapping[str, float]) -> GlueAverage:
     return GlueAverage(eight, nine, tuple(missing))
 
 
-def over_seeds(scores: Sequence[float]) -> Summary:
-    """Mean and 95 % interval by Student's t.
-
-    The paper takes the normal distribution, whose interval is 2.2 times too narrow for 3 seeds and
-    1.3 times for 6, the numbers that it uses: its width holds only if the spread were known.
-    """
-    assert scores, "no seed"
-    mean, count = statistics.fmean(scores), len(scores)
-    if count == 1:
-        return Summary(mean, None, 1)
-    quantile = float(_package("scipy.stats").t.ppf(0.5 + CONFIDENCE / 2, count - 1))
-    return Summary(mean, quantile * statistics.stdev(scores) / math.sqrt(count), count)
-
-
-def difference(scores: Sequence[float], others: Sequence[float]) -> Difference:
-    """Mean of `scores` less that of `others`, with Welch's 95 % interval: spreads may differ."""
-    assert scores, "no seed"
-    assert others, "no seed"
-    mean = statistics.fmean(scores) - statistics.fmean(others)
-    if min(len(scores), len(others)) == 1:
-        return Difference(mean, None)
-    # scipy's ttest_ind warns where one side has no spread, as models that say one label have none.
-    parts = [(statistics.variance(one) / len(one), len(one) - 1) for one in (scores, others)]
-    total = sum(variance for variance, _ in parts)
-    if total == 0:
-        return Difference(mean, 0.0)
-    freedom = total**2 / sum(variance**2 / count for variance, count in parts)
-    quantile = float(_package("scipy.stats").t.ppf(0.5 + CONFIDENCE / 2, freedom))
-    return Difference(mean, quantile * math.sqrt(total))
-
-
 def select(dev_scores: Mapping[GridPoint, float]) -> GridPoint:
     """The paper's rule: the setting with the best dev score (`task_score`).
 
@@ -173,22 +111,12 @@ def _metric(name: Metric, labels: Doubles, predictions: Doubles) -> float:
     if name in ("pearson", "spearman"):
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0
-        stats = _package("scipy.stats")
+        stats = package("scipy.stats")
         correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
         return float(correlate(labels, predictions).statistic)
-    metrics = _package("sklearn.metrics")
+    metrics = package("sklearn.metrics")
     if name == "f1":
         return float(metrics.f1_score(labels, predictions, pos_label=1, zero_division=0))
     if name == "matthews":
         return float(metrics.matthews_corrcoef(labels, predictions))
     return float(metrics.accuracy_score(labels, predictions))
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"GLUE's metrics need scikit-learn and scipy ({error}); install them with this "
-            "project's extra: pip install -c constraints.txt -e '.[glue]'"
-        ) from error

@@ -72,13 +72,23 @@ class GlueOutcome:
 
     results: tuple[GlueResult, ...]
     """In the order of tasks, then seeds."""
-    chosen: dict[str, GridPoint]
-    """Of a grid: the setting of each task."""
+    tried: dict[str, dict[GridPoint, float]]
+    """Of a grid: what each setting scores on dev, by the task; else empty."""
     skipped: dict[str, str]
     """Tasks by name that were not trained, each with the reason."""
     constants: dict[str, float]
     """Of these the ones with one answer for every row: the number that it has on dev, in per cent.
     """
+
+    @property
+    def chosen(self) -> dict[str, GridPoint]:
+        """Of a grid: the setting of each task."""
+        return {task: select(scores) for task, scores in self.tried.items()}
+
+    def metrics(self, task: str) -> dict[str, list[float]]:
+        """Each of the task's metrics of each seed, in per cent."""
+        found = [result.scores for result in self.results if result.job.task == task]
+        return {name: [scores[name] for scores in found] for name in BY_NAME[task].metrics}
 
     def scores(self, task: str) -> list[float]:
         """The task's one number of each seed, in per cent."""
@@ -113,24 +123,26 @@ def fine_tune_all(request: GlueRequest, tell: Tell) -> GlueOutcome:
     if not tasks:
         told = "\n".join(f"  - {name}: {reason}" for name, reason in skipped.items())
         raise GlueError(f"no task can be trained:\n{told}")
-    chosen = _chosen(request, tasks, tell)
+    tried = _tried(request, tasks, tell)
     jobs = []
     for task in tasks:
         for seed in request.asked.seeds:
             job = request.job(task, seed, request.out / f"seed_{seed}")
-            jobs.append(_at(job, chosen[task.name]) if chosen else job)
+            jobs.append(_at(job, select(tried[task.name])) if tried else job)
     results = _run(jobs, request.asked.processes, tell)
-    return GlueOutcome(tuple(results), chosen, skipped, _constants(request))
+    return GlueOutcome(tuple(results), tried, skipped, _constants(request))
 
 
-def _chosen(request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell) -> dict[str, GridPoint]:
-    """The best setting of each task by its dev score; {} without a grid."""
+def _tried(
+    request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell
+) -> dict[str, dict[GridPoint, float]]:
+    """The dev score of each task with each setting; {} without a grid."""
     if not request.grid and request.grid_from is None:
         return {}
     points, folder = grid(), (request.grid_from or request.out) / "grid"
     jobs = [
         replace(_at(request.job(task, GRID_SEED, folder / _name(point)), point),
-                predicts_test=False)
+                predicts_test=False, label=f"with {point}")
         for task in tasks for point in points
     ]  # fmt: skip
     found = (
@@ -139,8 +151,7 @@ def _chosen(request: GlueRequest, tasks: Sequence[GlueTask], tell: Tell) -> dict
     )  # fmt: skip
     scores = iter(found)
     return {
-        task.name: select({point: task_score(task, next(scores)) for point in points})
-        for task in tasks
+        task.name: {point: task_score(task, next(scores)) for point in points} for task in tasks
     }
 
 

@@ -117,6 +117,10 @@ class GridPoint:
     learning_rate: float
     num_epochs: int
 
+    def __str__(self) -> str:
+        """For people."""
+        return f"batch {self.batch_size}, rate {self.learning_rate:g}, {self.num_epochs} epochs"
+
 
 def grid() -> list[GridPoint]:
     """The paper's 12 settings, in an order that never changes."""

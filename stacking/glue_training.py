@@ -15,13 +15,13 @@ import numpy as np
 from stacking.deepspeed_config import load_deepspeed_config
 from stacking.fine_tuning import FineTuner, Rows, Setting
 from stacking.fine_tuning_batch import LabelledBatch
-from stacking.fine_tuning_jobs import Start, naming, read_finished, teller, write_result
+from stacking.fine_tuning_jobs import Start, naming, read_done, tell_once, teller, write_result
 from stacking.fine_tuning_models import BertForSequenceClassification
 from stacking.glue_data import GlueSet, find_file, read_glue
 from stacking.glue_features import GlueFeatures, glue_features, symmetric_swaps
 from stacking.glue_metrics import Scores, score_rows
-from stacking.glue_predictions import Doubles, predict, write_submission
-from stacking.glue_tasks import BY_NAME, SPLITS
+from stacking.glue_predictions import Doubles, predict, submission_file, write_submission
+from stacking.glue_tasks import BY_NAME, SPLITS, GlueTask
 from stacking.pretrained import Pretrained
 
 
@@ -38,20 +38,37 @@ class GlueJob:
     glue: Path
     max_seq_length: int = 384
     predicts_test: bool = True
+    label: str = ""
+    """What tells it from the task's others; "": its seed."""
 
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.task} seed {self.seed}"
+        return f"{self.task} {self.label or f'seed {self.seed}'}"
 
     @property
     def result(self) -> Path:
         """The file whose existence says that the job is done."""
         return self.folder / f"{self.task}.json"
 
+    def tested(self) -> list[GlueTask]:
+        """Whose test file the model predicts: the task's, and AX with MNLI-m's."""
+        if not self.predicts_test:
+            return []
+        tasks = [task for task in BY_NAME.values() if self.task in (task.name, task.predicted_by)]
+        return [task for task in tasks if find_file(self.glue, task, "test") is not None]
+
+    def files(self) -> list[Path]:
+        """The predictions that are written before the result."""
+        tested = [self.folder / "test" / submission_file(task) for task in self.tested()]
+        return [self.folder / "dev" / submission_file(BY_NAME[self.task]), *tested]
+
     def conditions(self) -> dict[str, object]:
         """What a finished result must have had to be this job's."""
-        paths = {split: find_file(self.glue, BY_NAME[self.task], split) for split in SPLITS}
+        own, others = BY_NAME[self.task], [one for one in self.tested() if one.name != self.task]
+        paths: dict[str, Path | None] = {split: find_file(self.glue, own, split)
+                                         for split in SPLITS}  # fmt: skip
+        paths |= {f"test of {task.name}": find_file(self.glue, task, "test") for task in others}
         files = {split: path for split, path in paths.items() if path is not None}
         longest = min(self.max_seq_length, self.start.load().config.max_position_embeddings)
         return {
@@ -70,10 +87,9 @@ class GlueResult:
 
 
 def read_result(job: GlueJob) -> GlueResult | None:
-    """The finished result; None if there is none; ConfigError if it is of another job."""
-    if not job.result.exists():
-        return None
-    return GlueResult(job, *read_finished(job.result, job.conditions()))
+    """The finished result; None if it is not done; ConfigError if it is of another job."""
+    found = read_done(job.name, job.result, job.files(), job.conditions())
+    return None if found is None else GlueResult(job, *found)
 
 
 def run_job(job: GlueJob) -> GlueResult:
@@ -81,13 +97,15 @@ def run_job(job: GlueJob) -> GlueResult:
     began = time.monotonic()
     task, start, conditions = BY_NAME[job.task], job.start.load(), job.conditions()
     dev, train = read_glue(job.glue, task, "dev"), read_glue(job.glue, task, "train")
-    tests = _test_sets(job) if job.predicts_test else []
+    tests = [read_glue(job.glue, one, "test") for one in job.tested()]
     rows = GlueRows.of(train, start, job.max_seq_length)
     make = partial(BertForSequenceClassification, kind=task.kind, num_logits=task.num_logits)
     tuner = FineTuner(
         start, make, job.setting, load_deepspeed_config(job.start.deepspeed_config),
         num_rows=len(rows), seed=job.seed, strict_precision=job.start.strict_precision,
     )  # fmt: skip
+    for notice in tuner.notices:
+        tell_once(notice)
     with tuner, naming(job.name):
         tuner.train(partial(rows.epoch, seed=job.seed), teller(job.name))
         said = _predict(job, tuner, dev, start)
@@ -99,13 +117,6 @@ def run_job(job: GlueJob) -> GlueResult:
         conditions=conditions, notes=[*train.notes(), *dev.notes()],
     )  # fmt: skip
     return result
-
-
-def _test_sets(job: GlueJob) -> list[GlueSet]:
-    """What the model predicts besides dev: the task's test file, and AX of MNLI-m's model."""
-    tasks = [task for task in BY_NAME.values() if job.task in (task.name, task.predicted_by)]
-    return [read_glue(job.glue, task, "test") for task in tasks
-            if find_file(job.glue, task, "test") is not None]  # fmt: skip
 
 
 def _predict(job: GlueJob, tuner: FineTuner, part: GlueSet, start: Pretrained) -> Doubles:

@@ -129,7 +129,12 @@ def save_pretrained(
     kept = model if tokenizer is None else trim_vocabulary(model, tokenizer.num_ids)
     partial = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {folder} cannot be written: {error.strerror}; give another folder"
+        ) from error
     save_file(to_home(kept, home), partial / "model.safetensors", metadata={"format": "pt"})
     if tokenizer is not None:
         has_segments = home is not ESM and (home is not REMOTE or config.type_vocab_size > 0)

@@ -277,7 +277,7 @@ def _data(facts: RunFacts) -> Iterator[str]:
     kind = settings.get("tokenizer_kind", "")
     yield ""
     yield f"Tokenizer: {manifest.vocab_size:,} pieces{plain(f', {kind}' if kind else '')}, "
-    yield f"sha256 `{plain(manifest.tokenizer_sha256)}`."
+    yield f"sha256 of the vocabulary `{plain(manifest.tokenizer_sha256)}`."
     yield ""
     files = [*_files(settings, "inputs", "training"), *_files(settings, "validation", "held out")]
     if not files:

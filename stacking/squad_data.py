@@ -102,12 +102,12 @@ class TrainingSet:
         if self.moved:
             lines.append(
                 f"{len(self.moved)} answers do not stand at their answer_start, but in the same "
-                f"words; taken from there: {_some(self.moved)}"
+                f"words; taken from there: {some_ids(self.moved)}"
             )
         if self.skipped:
             lines.append(
                 f"{len(self.skipped)} questions left out: their answer does not stand at its "
-                f"answer_start: {_some(self.skipped)}"
+                f"answer_start: {some_ids(self.skipped)}"
             )
         return lines
 
@@ -146,7 +146,7 @@ def require_answers(squad: SquadSet) -> None:
     if bare:
         raise SquadError(
             f"{squad.path}: {len(bare)} questions have no answer and are not impossible: "
-            f"{_some(bare)}; give the file with answers"
+            f"{some_ids(bare)}; give the file with answers"
         )
 
 
@@ -235,5 +235,6 @@ def _refusal(path: Path, faults: Sequence[str]) -> str:
     return "\n".join([f"{path}: no SQuAD file of version 1.1 or 2.0:", *listed])
 
 
-def _some(ids: Sequence[str]) -> str:
+def some_ids(ids: Sequence[str]) -> str:
+    """The first of them, for people."""
     return ", ".join(ids[:_MOST_IDS]) + (", ..." if len(ids) > _MOST_IDS else "")

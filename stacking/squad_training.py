@@ -18,12 +18,19 @@ from stacking.deepspeed_config import load_deepspeed_config
 from stacking.errors import ConfigError
 from stacking.fine_tuning import FineTuner, Rows, Setting
 from stacking.fine_tuning_batch import LabelledBatch
-from stacking.fine_tuning_jobs import Start, naming, teller, write_result
+from stacking.fine_tuning_jobs import Start, naming, tell_once, teller, write_result
 from stacking.fine_tuning_models import BertForQuestionAnswering
-from stacking.squad_data import SquadError, SquadSet, read_squad, training_set
+from stacking.squad_data import SquadError, SquadSet, read_squad, some_ids, training_set
 from stacking.squad_features import NUM_SPECIAL, SquadFeatures, WindowSettings, squad_features
 from stacking.squad_metrics import Scores, score_version_1, score_version_2
-from stacking.squad_predictions import AnswerSettings, predict, write_predictions
+from stacking.squad_predictions import (
+    NBEST,
+    NULL_ODDS,
+    PREDICTIONS,
+    AnswerSettings,
+    predict,
+    write_predictions,
+)
 
 # Devlin et al. 2019, sections 4.2 and 4.3.
 SETTING_1 = Setting(num_epochs=3, batch_size=32, learning_rate=5e-5)
@@ -54,6 +61,11 @@ class SquadJob:
     def result(self) -> Path:
         """The file whose existence says that the job is done."""
         return self.folder / "result.json"
+
+    def files(self) -> list[Path]:
+        """The answers that are written before the result."""
+        odds = [NULL_ODDS] if read_squad(self.dev).is_version_2 else []
+        return [self.folder / name for name in (PREDICTIONS, NBEST, *odds)]
 
     def conditions(self) -> dict[str, object]:
         """What a finished result must have had to be this job's."""
@@ -109,22 +121,27 @@ def run_job(job: SquadJob) -> SquadResult:
         load_deepspeed_config(job.start.deepspeed_config), num_rows=len(rows), seed=job.seed,
         strict_precision=job.start.strict_precision,
     )  # fmt: skip
+    asked = SquadRows(squad_features(dev.examples, start.tokenizer, job.windows))
+    notes = [*given.notes(), *rows.notes(job.train, "left out"),
+             *asked.notes(job.dev, "answered with nothing")]  # fmt: skip
+    for note in [*tuner.notices, *notes]:
+        tell_once(note)
     with tuner, naming(job.name):
         tuner.train(lambda _: rows, teller(job.name))
-        scores = _answer(job, tuner, dev)
+        scores = _answer(job, tuner, dev, asked)
     result = SquadResult(job, scores, time.monotonic() - began)
     write_result(
         job.result, start, tuner, scores=scores, seconds=result.seconds,
-        conditions=conditions, notes=given.notes(),
+        conditions=conditions, notes=notes,
     )  # fmt: skip
     return result
 
 
-def _answer(job: SquadJob, tuner: FineTuner, dev: SquadSet) -> Scores:
+def _answer(job: SquadJob, tuner: FineTuner, dev: SquadSet, asked: "SquadRows") -> Scores:
     """Predict, write the original's files, and score them."""
-    features = squad_features(dev.examples, job.start.load().tokenizer, job.windows)
+    features = asked.features
     logits = np.full((*features.input_ids.shape, 2), np.finfo(np.float32).min, np.float32)
-    for rows, found in tuner.predict(SquadRows(features)) if len(logits) else ():
+    for rows, found in tuner.predict(asked) if len(logits) else ():
         logits[rows, : found.shape[1]] = found
     said = predict(
         dev.examples, features, logits[..., 0], logits[..., 1], job.answers,
@@ -147,6 +164,12 @@ class SquadRows:
     def __len__(self) -> int:
         """W."""
         return len(self.features.input_ids)
+
+    def notes(self, path: Path, consequence: str) -> list[str]:
+        """Which questions of the file have no window, and what becomes of them; a line or none."""
+        ids = self.features.dropped
+        return [f"{path}: {len(ids)} questions {consequence}: their answer, or their whole "
+                f"context, has no token: {some_ids(ids)}"] if ids else []  # fmt: skip
 
     def lengths(self) -> Rows:
         """Tokens of each window, [W]."""

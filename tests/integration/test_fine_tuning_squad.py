@@ -21,12 +21,54 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
+def with_a_tokenless_answer(path: Path) -> Path:
+    """Version 1.1 with one more question, whose only answer is a character that has no token."""
+    content = json.loads(VERSION_1.read_text())
+    content["data"][0]["paragraphs"].append({"context": "The mill \u200b stands.", "qas": [
+        {"id": "odd", "question": "When?", "answers": [{"text": "\u200b", "answer_start": 9}]}
+    ]})  # fmt: skip
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_what_is_odd_is_told_and_lost_answers_are_given_again(tmp_path: Path) -> None:
+    train = with_a_tokenless_answer(tmp_path / "train.json")
+    words = ["train", write_model(tmp_path / "run"), train, VERSION_2, "--out", tmp_path / "out",
+             "--epochs", 1, "--seeds", 2]  # fmt: skip
+    done = script("squad.py", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    told = done.stderr.splitlines()
+    for line in (
+        f"{train} is of version 1.1, {VERSION_2} of 2.0: the model never sees a question without "
+        "an answer",
+        f"{train}: 1 questions left out: their answer, or their whole context, has no token: odd",
+        "fp16 asked, this CPU has no fp16 arithmetic: running bf16; --strict-precision refuses "
+        "instead",
+    ):
+        assert told.count(line) == 1, told
+    found = json.loads(done.stdout)
+    scores = [one["scores"] for one in found["seeds"]]
+    assert [one["seed"] for one in found["seeds"]] == [1, 2]
+    assert found["f1"] == pytest.approx((scores[0]["f1"] + scores[1]["f1"]) / 2)
+    assert found["total"] == 11
+    lost = tmp_path / "out/seed_2/null_odds.json"
+    before, kept = lost.read_bytes(), (tmp_path / "out/seed_1/result.json").stat().st_mtime_ns
+    lost.unlink()
+    again = script("squad.py", *words)
+    assert again.returncode == 0, again.stderr
+    assert f"SQuAD seed 2: {lost} has gone, so it is done again" in again.stderr
+    assert lost.read_bytes() == before
+    assert (tmp_path / "out/seed_1/result.json").stat().st_mtime_ns == kept
+
+
 @pytest.mark.slow
 def test_version_1_is_learned_by_heart(reader: Path, tmp_path: Path) -> None:
     words = ["train", reader, VERSION_1, VERSION_1, "--out", tmp_path, *SQUAD, 60, "--json"]
     done = script("squad.py", *words)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"exact_match": 100.0, "f1": 100.0}
+    found = json.loads(done.stdout)
+    assert (found["exact_match"], found["f1"]) == (100.0, 100.0)
+    assert found["half_widths"] == {"exact_match": None, "f1": None}
     out = tmp_path / "seed_1"
     assert {path.name for path in out.iterdir()} == {
         "predictions.json", "nbest_predictions.json", "result.json"

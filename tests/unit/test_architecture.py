@@ -27,7 +27,7 @@ UNNUMBERED = r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b(?!\(#\d+\))"
 
 # A module of stacking may import modules of its own layer and of those below; never in a circle.
 LAYERS = {
-    0: {"errors"},
+    0: {"errors", "commands"},
     1: {"config_base", "config_branches", "config_faults", "config_learning_rate",
         "config_model", "config_stage", "branches", "config", "config_loading", "schedule",
          "distributed", "launchers", "deepspeed_schema", "deepspeed_checks", "deepspeed_config",
@@ -48,7 +48,8 @@ LAYERS = {
         "hf_homes", "hf_tokenizer", "hf_folder", "hf_grow", "hf_probe", "hf_side_files",
         "hf_remote", "hf_card", "hf_card_facts", "hf_start", "hf_vocabulary",
         "glue", "glue_tasks", "glue_data", "glue_features", "glue_metrics", "glue_predictions",
-        "glue_scores", "glue_training", "glue_runs", "glue_tables", "glue_outcome", "tokenizing",
+        "glue_scores", "glue_training", "glue_runs", "glue_tables", "glue_outcome",
+        "score_statistics", "tokenizing",
         "pretrained", "fine_tuning", "fine_tuning_flags", "fine_tuning_jobs", "side_by_side",
         "squad_training", "squad_runs", "squad", "squad_data", "squad_features",
         "squad_metrics", "squad_predictions",

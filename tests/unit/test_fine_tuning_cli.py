@@ -91,7 +91,8 @@ TWO_RANKS = (("RANK", "0"), ("WORLD_SIZE", "2"))
 
 BOTH = [
     ("--seeds 0 --first-seed 0 --processes 0 --epochs 0 --batch-size -1 --learning-rate nan "
-     "--dropout 1", "error: 7 faults in the configuration:\n  - --seeds: got 0; allowed: 1 or more\n"),
+     "--dropout 1",
+     "error: 7 faults in the configuration:\n  - --seeds: got 0; allowed: 1 or more\n"),
     ("--learning-rate 2", "--learning-rate: got 2.0; allowed: above 0, at most 1"),
     ("--dropout nan", "--dropout: got nan; allowed: 0 or more, below 1"),
     ("--batch-size 100000000", "global_batch_size: got 100000000; allowed: "),

@@ -9,16 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stacking.glue_metrics import (
-    Difference,
-    MissingPackageError,
-    difference,
     glue_average,
-    over_seeds,
     select,
     task_metrics,
     task_score,
 )
 from stacking.glue_tasks import BY_NAME, GridPoint, grid
+from stacking.score_statistics import Difference, MissingPackageError, difference, over_seeds
 
 LABELS = np.array([1, 1, 1, 0, 0, 1, 0, 1.0])
 SAID = np.array([1, 0, 1, 1, 0, 1, 0, 1.0])  # 4 right of 5, 2 right of 3

@@ -5,14 +5,16 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from fine_tuned import write_model
 from glue_sets import write_glue
 
 from stacking.errors import ConfigError, UserError
 from stacking.glue_data import read_glue
 from stacking.glue_tasks import BY_NAME
-from stacking.glue_training import GlueJob
+from stacking.glue_training import GlueJob, GlueRows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +30,7 @@ def asked(tmp_path: Path) -> argparse.Namespace:
     glue = write_glue(tmp_path / "glue")
     return argparse.Namespace(
         model=write_model(tmp_path / "run"), glue=glue, out=tmp_path / "out", rows=3, epochs=None,
-        learning_rate=5e-5,
+        learning_rate=5e-5, dropout=0.1,
     )  # fmt: skip
 
 
@@ -70,3 +72,24 @@ def test_transformers_side_is_done_once_and_belongs_to_its_setting(
     asked.epochs = 1
     with pytest.raises(ConfigError, match="is of another setting; give another --out"):
         parity.transformers_result(parity.job_of(asked, BY_NAME["SST-2"], seed=1), "zero")
+
+
+def test_both_sides_see_the_same_pairs_in_the_same_order(
+    parity: Any, asked: argparse.Namespace
+) -> None:
+    """MRPC swaps half of its pairs: transformers' side must swap the same ones."""
+    job = parity.job_of(asked, BY_NAME["MRPC"], seed=3)
+    train, start = read_glue(asked.glue, BY_NAME["MRPC"], "train"), job.start.load()
+    rows = GlueRows.of(train, start, job.max_seq_length)
+    for number in range(4):
+        theirs = parity.swapped(train, np.random.default_rng((job.seed, number, 1)))
+        ours = rows.epoch(number, job.seed)
+        expected = GlueRows.of(theirs, start, job.max_seq_length)
+        everything = np.arange(len(rows))
+        assert torch.equal(
+            ours.labelled_batch(everything).input_ids, expected.labelled_batch(everything).input_ids
+        )
+    assert any(
+        parity.swapped(train, np.random.default_rng((job.seed, number, 1))) != train
+        for number in range(4)
+    )

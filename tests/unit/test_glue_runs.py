@@ -40,6 +40,9 @@ class Stub:
         result = {"scores": scores, "seconds": 1.0, "conditions": job.conditions()}
         job.folder.mkdir(parents=True, exist_ok=True)
         job.result.write_text(json.dumps(result))
+        for path in job.files():
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
         return GlueResult(job, scores, 1.0)
 
 
@@ -94,6 +97,78 @@ def test_what_is_done_is_not_done_again(stub: Stub, request_of: Any) -> None:
     assert [(job.task, job.seed) for job in stub.asked[2:]] == [("CoLA", 2), ("SST-2", 2)]
     assert told == [("CoLA", 3, 4), ("SST-2", 4, 4)]
     assert [again.results[0], again.results[2]] == list(first.results)
+
+
+def test_what_has_lost_its_predictions_is_done_again(
+    stub: Stub, request_of: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = request_of("CoLA SST-2")
+    run(request)
+    for lost in ("dev/CoLA.tsv", "test/SST-2.tsv"):
+        del stub.asked[:]
+        (request.out / "seed_1" / lost).unlink()
+        run(request)
+        assert [job.task for job in stub.asked] == [Path(lost).stem]
+        told = (
+            f"{Path(lost).stem} seed 1: {request.out}/seed_1/{lost} has gone, so it is done again"
+        )
+        assert capsys.readouterr().err == told + "\n"
+        assert (request.out / "seed_1" / lost).exists()
+
+
+def test_a_diagnostic_file_that_comes_later_is_not_left_out(stub: Stub, request_of: Any) -> None:
+    """AX is predicted by MNLI-m's model: without it the submission would lack a file."""
+    request = request_of("MNLI-m AX")
+    path = request.glue / "diagnostic/diagnostic.tsv"
+    rows = path.read_bytes()
+    path.unlink()
+    run(request)
+    path.write_bytes(rows)
+    with pytest.raises(ConfigError, match=r"MNLI-m\.json: is of another test of AX; give another"):
+        run(request)
+    (request.out / "seed_1/MNLI-m.json").unlink()
+    run(request)
+    assert (request.out / "seed_1/test/AX.tsv").exists()
+    path.write_bytes(rows + rows.splitlines()[-1] + b"\n")
+    with pytest.raises(ConfigError, match="is of another test of AX"):
+        run(request)
+    assert len(stub.asked) == 2
+
+
+def test_each_metric_has_its_mean_and_interval(stub: Stub, request_of: Any) -> None:
+    outcome = run(request_of("CoLA MRPC", num_seeds=2))
+    lines = list(training_lines(outcome))
+    assert lines[0] == "CoLA      70.15 +- 0.64   (2 seeds, 95 % interval)"
+    assert lines[1] == ("MRPC      70.15 +- 0.64   (2 seeds, 95 % interval)   mean of "
+                        "f1 70.15 +- 0.64, accuracy 70.15 +- 0.64")  # fmt: skip
+    found = training_json(outcome)["metrics"]
+    assert isinstance(found, dict)
+    assert {task: set(metrics) for task, metrics in found.items()} == {
+        "CoLA": {"matthews"}, "MRPC": {"f1", "accuracy"}
+    }  # fmt: skip
+    assert found["MRPC"]["f1"] == found["CoLA"]["matthews"]
+    assert found["CoLA"]["matthews"]["mean"] == pytest.approx(70.15)
+
+
+def test_a_grid_tells_what_it_tries_and_what_is_level(stub: Stub, request_of: Any) -> None:
+    told: list[str] = []
+    outcome = fine_tune_all(
+        request_of("CoLA", grid=True), lambda result, *_: told.append(result.job.name)
+    )
+    assert len(set(told)) == 13
+    assert "CoLA with batch 32, rate 3e-05, 4 epochs" in told
+    assert told[-1] == "CoLA seed 1"
+    grid = training_json(outcome)["grid"]
+    assert isinstance(grid, list)
+    assert len(grid) == 12
+    assert [row for row in grid if row["chosen"]] == [
+        {"task": "CoLA", "batch_size": 32, "learning_rate": 3e-5, "num_epochs": 4, "score": 90.0,
+         "chosen": True}
+    ]  # fmt: skip
+    level = replace(outcome, tried={"CoLA": dict.fromkeys(outcome.tried["CoLA"], 50.0)})
+    assert next(training_lines(level)).endswith(
+        "   batch 16, rate 5e-05, 3 epochs, level with 11 of 11 others"
+    )
 
 
 def test_a_grid_selects_with_a_seed_that_is_not_reported(stub: Stub, request_of: Any) -> None:

@@ -5,12 +5,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from squad_sets import VERSION_1, VERSION_2
 
+from stacking.fine_tuning_jobs import Start
 from stacking.squad_data import read_squad
+from stacking.squad_features import WindowSettings
+from stacking.squad_predictions import AnswerSettings
+from stacking.squad_runs import training_json
+from stacking.squad_training import SETTING_1, SquadJob, SquadResult
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch/squad.py"
 Command = Callable[..., int]
@@ -102,8 +108,29 @@ def test_each_mistake_is_one_message(
     assert command("score", VERSION_1, said, "--null-odds", said, "--json") == 2
     assert "a valid number" in json.loads(capsys.readouterr().err)["error"]
     said.write_text("{}")
-    assert command("score", VERSION_1, said, "--null-odds", said) == 2
-    assert "is of version 1.1, which has none" in capsys.readouterr().err
+    for flag, value in (("--null-odds", said), ("--null-threshold", 1)):
+        assert command("score", VERSION_1, said, flag, value) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {flag}: ")
+        assert "is of version 1.1, which has none" in told
+
+
+def test_the_means_over_seeds_have_intervals() -> None:
+    job = SquadJob(
+        Start(Path("run")), VERSION_1, VERSION_2, Path("out"), 1, SETTING_1,
+        WindowSettings(384, 128, 64), AnswerSettings(),
+    )  # fmt: skip
+    results = [SquadResult(replace(job, seed=seed), {"f1": f1, "total": 11}, 1.0)
+               for seed, f1 in ((1, 80.0), (2, 84.0))]  # fmt: skip
+    found = training_json(results)
+    assert (found["f1"], found["total"]) == (82.0, 11)
+    # Student's t of two: 12.706 times the standard error, which is half of the distance.
+    assert found["half_widths"] == {"f1": pytest.approx(25.412, rel=1e-4), "total": 0.0}
+    assert found["seeds"] == [
+        {"seed": seed, "scores": {"f1": f1, "total": 11}, "seconds": 1.0}
+        for seed, f1 in ((1, 80.0), (2, 84.0))
+    ]
+    assert training_json(results[:1])["half_widths"] == {"f1": None, "total": None}
 
 
 def test_it_needs_neither_torch_nor_deepspeed() -> None:
