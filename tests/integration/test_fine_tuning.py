@@ -34,6 +34,7 @@ from stacking.fine_tuning_batch import LabelledBatch
 from stacking.fine_tuning_models import BertForSequenceClassification
 from stacking.hf import home_config
 from stacking.hf_homes import BERT, to_home
+from stacking.layers import LayerNormFactory
 from stacking.pretrained import Pretrained
 
 FP32 = ROOT / "deepspeed_configs/cpu_fp32.json"
@@ -105,19 +106,27 @@ class Trained:
         weights: in the end.
         logits: of all rows.
         losses: of each update.
+        dropouts: of hidden states and of attention, in the model that was trained.
     """
 
     weights: dict[str, np.ndarray[Any, np.dtype[np.float32]]]
     logits: np.ndarray[Any, np.dtype[np.float32]]
     losses: list[float]
+    dropouts: tuple[float, float]
 
 
 def by_engine(setting: Setting = SETTING) -> Trained:
     _, start = start_of()
     rows = Numbers.draw(start.config)
     losses: list[float] = []
+    configs: list[BertConfig] = []
+
+    def make(config: BertConfig, layer_norm: LayerNormFactory) -> BertForSequenceClassification:
+        configs.append(config)
+        return MAKE(config, layer_norm)
+
     with FineTuner(
-        start, MAKE, setting, load_deepspeed_config(FP32), num_rows=NUM_ROWS, seed=SEED
+        start, make, setting, load_deepspeed_config(FP32), num_rows=NUM_ROWS, seed=SEED
     ) as tuner:
         tuner.train(lambda _: rows, lambda done, total, loss: losses.append(loss))
         logits = np.zeros((NUM_ROWS, 3), np.float32)
@@ -125,7 +134,10 @@ def by_engine(setting: Setting = SETTING) -> Trained:
             logits[numbers] = found
         snapshot = tuner._engine.snapshot()
     assert snapshot is not None
-    return Trained({n: weight.numpy() for n, weight in snapshot.weights.items()}, logits, losses)
+    weights = {name: weight.numpy() for name, weight in snapshot.weights.items()}
+    last = configs[-1]
+    dropouts = last.hidden_dropout_prob, last.attention_probs_dropout_prob
+    return Trained(weights, logits, losses, dropouts)
 
 
 def by_hand() -> Trained:
@@ -165,7 +177,7 @@ def by_hand() -> Trained:
     with torch.no_grad():
         logits = model(whole.input_ids, whole.attention_mask.long(), whole.token_type_ids).logits
     weights = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    return Trained(weights, logits.numpy(), losses)
+    return Trained(weights, logits.numpy(), losses, (0.0, 0.0))
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,6 +240,7 @@ def test_dropout_is_the_settings_whatever_the_pre_training_had(told: Told) -> No
     found, plain = told.dropped, told.by_engine
     assert found.losses[0] == pytest.approx(math.log(3))  # heads at zero
     differences = np.abs(np.array(found.losses) - np.array(plain.losses))
+    assert (found.dropouts, plain.dropouts) == ((0.3, 0.3), (0.0, 0.0))
     assert differences[2:].max() > 1e-2
     assert differences.max() < 1  # nothing else is different
 
