@@ -3,6 +3,8 @@
 examples:
   python launch/squad.py train RUN_DIR train-v2.0.json dev-v2.0.json --out OUT --seeds 3
   python launch/squad.py score dev-v2.0.json predictions.json --null-odds null_odds.json
+  python launch/squad.py score dev-v2.0.json nbest_predictions.json --null-odds null_odds.json \
+      --null-threshold -1.5 --out predictions.json
 """
 
 import argparse
@@ -14,9 +16,7 @@ from pathlib import Path
 
 from stacking.commands import GOES_ON, exit_code
 from stacking.fine_tuning_flags import FLAGS, SQUAD_FLAGS
-from stacking.squad_data import SquadError, read_squad
-from stacking.squad_metrics import Scores, score_version_1, score_version_2
-from stacking.squad_predictions import read_null_odds, read_predictions
+from stacking.squad_scoring import score_files
 
 EXAMPLES = "examples:" + (__doc__ or "").partition("examples:")[2]
 
@@ -36,7 +36,8 @@ def run(asked: argparse.Namespace) -> int:
         scores, widths = training.means(results), training.half_widths(results)
         numbers = training.training_json(results)
     else:
-        scores = numbers = score(asked)
+        files = (asked.gold, asked.predictions, asked.null_odds)
+        scores = numbers = score_files(*files, asked.null_threshold, asked.out)
     if asked.json:
         print(json.dumps(numbers))
         return 0
@@ -65,33 +66,19 @@ def parse_arguments() -> argparse.Namespace:
                             "evaluate-v1.1.py or evaluate-v2.0.py computes them")  # fmt: skip
     add = verb.add_argument
     add("gold", type=Path, metavar="GOLD", help="SQuAD JSON with the answers; it says its version")
-    add("predictions", type=Path, metavar="PREDICTIONS", help="JSON: question id -> text")
+    add("predictions", type=Path, metavar="PREDICTIONS",
+        help="JSON: question id -> text; or nbest_predictions.json, whose best answer counts, "
+        "whatever its odds")  # fmt: skip
     add("--null-odds", type=Path, metavar="FILE",
         help="JSON: question id -> number, larger where no answer is likelier; version 2.0 only: "
         "adds the best scores and their thresholds")  # fmt: skip
     add("--null-threshold", type=float, metavar="X",
         help="null odds above which a prediction counts as no answer; version 2.0 only "
         "(default: 1.0)")  # fmt: skip
+    add("--out", type=Path, metavar="FILE", help="write the answers that are scored: none "
+        "where the null odds exceed the threshold")  # fmt: skip
     add("--json", action="store_true", help="print the numbers as one JSON line")
     return parser.parse_args()
-
-
-def score(asked: argparse.Namespace) -> Scores:
-    """The scores under their official names; SquadError if the files do not belong together."""
-    gold = read_squad(asked.gold)
-    predictions = read_predictions(asked.predictions)
-    odds = None if asked.null_odds is None else read_null_odds(asked.null_odds)
-    if not gold.is_version_2:
-        for flag, value in (("odds", odds), ("threshold", asked.null_threshold)):
-            if value is not None:
-                raise SquadError(f"--null-{flag}: {asked.gold} is of version 1.1, which has none")
-        unanswered = sum(one.id not in predictions for one in gold.examples)
-        if unanswered:
-            print(f"{unanswered} of {len(gold.examples)} questions have no prediction and count "
-                  "as 0", file=sys.stderr)  # fmt: skip
-        return score_version_1(gold.examples, predictions)
-    threshold = 1.0 if asked.null_threshold is None else asked.null_threshold
-    return score_version_2(gold.examples, predictions, odds, threshold)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ the context by characters, so nothing is joined back from tokens. W windows, S t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, FiniteFloat, TypeAdapter, ValidationError
 
 from data_prep.plain_files import read_plain
 from data_prep.shard_format import write_atomically
@@ -144,15 +144,24 @@ def write_predictions(
         for one in predictions
     }
     odds = {one.id: one.null_odds for one in predictions if one.null_odds is not None}
-    _write_json(folder / PREDICTIONS, texts)
+    write_texts(folder / PREDICTIONS, texts)
     _write_json(folder / NBEST, nbest)
     if odds:
         _write_json(folder / NULL_ODDS, odds)
 
 
+def write_texts(path: Path, texts: Mapping[str, str]) -> None:
+    """Write a predictions.json: question id -> text."""
+    _write_json(path, dict(texts))
+
+
 def read_predictions(path: Path) -> dict[str, str]:
-    """Read a predictions.json, ours or anybody's: question id -> text."""
-    return _read(path, TypeAdapter(dict[str, str]), '{"QUESTION ID": "TEXT", ...}')
+    """Read a predictions.json or an nbest_predictions.json, ours or anybody's: question id -> text.
+
+    Of an n-best list it is the best text that is an answer, whatever the null odds; "" if none is.
+    """
+    form = TypeAdapter(dict[str, Annotated[str, BeforeValidator(_best_text)]])
+    return _read(path, form, '{"QUESTION ID": "TEXT", ...}, or an n-best list for each TEXT')
 
 
 def read_null_odds(path: Path) -> dict[str, float]:
@@ -230,6 +239,16 @@ def _prediction(
     place = sum(candidate.score >= null.score for candidate in ranked)
     kept = [*ranked[:place], null, *ranked[place : n_best_size - 1]]
     return Prediction(one.id, tuple(kept), best.text, null.score - best.score)
+
+
+def _best_text(value: Any) -> Any:
+    """The best answer of an n-best list; what is none is left to be refused, or is a text."""
+    if not isinstance(value, list):
+        return value
+    texts = [one.get("text") if isinstance(one, dict) else None for one in value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        return value
+    return next(filter(None, texts), "")
 
 
 def _write_json(path: Path, content: object) -> None:

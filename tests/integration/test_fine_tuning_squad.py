@@ -52,6 +52,13 @@ def test_what_is_odd_is_told_and_lost_answers_are_given_again(tmp_path: Path) ->
     assert found["f1"] == pytest.approx((scores[0]["f1"] + scores[1]["f1"]) / 2)
     assert found["total"] == 11
     lost = tmp_path / "out/seed_2/null_odds.json"
+    again_said = tmp_path / "said.json"
+    rescored = script(
+        "squad.py", "score", VERSION_2, lost.with_name("nbest_predictions.json"), "--null-odds",
+        lost, "--null-threshold", 0, "--out", again_said, "--json",
+    )  # fmt: skip
+    assert json.loads(rescored.stdout)["f1"] == scores[1]["f1"]
+    assert again_said.read_bytes() == lost.with_name("predictions.json").read_bytes()
     before, kept = lost.read_bytes(), (tmp_path / "out/seed_1/result.json").stat().st_mtime_ns
     lost.unlink()
     again = script("squad.py", *words)

@@ -52,7 +52,7 @@ LAYERS = {
         "score_statistics", "tokenizing",
         "pretrained", "fine_tuning", "fine_tuning_flags", "fine_tuning_jobs", "side_by_side",
         "squad_training", "squad_runs", "squad", "squad_data", "squad_features",
-        "squad_metrics", "squad_predictions",
+        "squad_metrics", "squad_predictions", "squad_scoring",
         "attention_maps", "attention_maps_figures", "attention_maps_files",
         "attention_maps_models", "attention_maps_text",
         "report", "report_html", "report_metrics", "report_figures",

@@ -62,7 +62,7 @@ FLAGS = {
         *FINE_TUNING, "--max-seq-length", "--doc-stride", "--max-query-length", "--n-best-size",
         "--max-answer-length", "--null-score-diff-threshold",
     },
-    "squad.py score": {"--null-odds", "--null-threshold", JSON},
+    "squad.py score": {"--null-odds", "--null-threshold", "--out", JSON},
     "plan.py": {
         "--recipe", "--set", "--deepspeed_config", "--world-size", "--nodes", "--gpus-per-node",
         "--device", "--utilisation", "--network-gbits", "--suggest", "--budget", "--pilot",

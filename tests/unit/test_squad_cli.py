@@ -90,6 +90,35 @@ def test_version_2_is_scored_with_null_odds(
     assert json.loads(capsys.readouterr().out)["f1"] == 100.0
 
 
+def test_answers_at_another_threshold_need_no_training(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = read_squad(VERSION_2).examples
+    right = {one.id: (*(a.text for a in one.answers), "")[0] for one in examples}
+    nbest = tmp_path / "nbest_predictions.json"
+    nbest.write_text(json.dumps({
+        key: [{"text": "", "probability": 0.7}, {"text": text or "wrong", "probability": 0.3}]
+        for key, text in right.items()
+    }))  # fmt: skip
+    odds = tmp_path / "null_odds.json"  # above 0 for all: at 0 nothing was answered
+    odds.write_text(json.dumps({key: 0.5 if text else 1.5 for key, text in right.items()}))
+    out = tmp_path / "predictions.json"
+    words = ("score", VERSION_2, nbest, "--null-odds", odds, "--out", out, "--json")
+    assert command(*words, "--null-threshold", 0) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["HasAns_f1"], found["NoAns_f1"]) == (0.0, 100.0)
+    assert (found["best_f1"], found["best_f1_thresh"]) == (100.0, 0.5)
+    assert set(json.loads(out.read_text()).values()) == {""}
+    assert command(*words, "--null-threshold", found["best_f1_thresh"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"] == 100.0
+    assert json.loads(out.read_text()) == right
+    assert command("score", VERSION_2, out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["exact"] == 100.0
+    assert command(*words[:-3], "--out", tmp_path / "none/predictions.json") == 2
+    assert "--out: " in (told := capsys.readouterr().err)
+    assert "cannot be written: No such file" in told
+
+
 def test_each_mistake_is_one_message(
     command: Command,
     perfect: Callable[[Path], Path],
@@ -107,6 +136,12 @@ def test_each_mistake_is_one_message(
     assert "11 of 11 questions have no prediction" in capsys.readouterr().err
     assert command("score", VERSION_1, said, "--null-odds", said, "--json") == 2
     assert "a valid number" in json.loads(capsys.readouterr().err)["error"]
+    for no_list in ('{"a": []}', '{"a": [{"text": 1}]}', '{"a": ["text"]}'):
+        said.write_text(no_list)
+        assert command("score", VERSION_1, said) == 2
+        told = capsys.readouterr().err
+        assert "a: Input should be a valid string; allowed: " in told
+        assert "or an n-best list" in told
     said.write_text("{}")
     for flag, value in (("--null-odds", said), ("--null-threshold", 1)):
         assert command("score", VERSION_1, said, flag, value) == 2

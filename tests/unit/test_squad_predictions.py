@@ -304,8 +304,10 @@ def test_the_files_are_the_original_scripts(tmp_path: Path) -> None:
     assert list(nbest["two"][0]) == ["text", "probability", "start_logit", "end_logit"]
     assert nbest["one"][1]["text"] == "caf\u00e9"
     assert nbest["two"][0]["probability"] == pytest.approx(1 / (1 + np.exp(-2)))
+    best = {"one": "caf\u00e9", "two": "b"}
+    assert read_predictions(tmp_path / "new/nbest_predictions.json") == best
     write_predictions(tmp_path / "new", said, null_score_diff_threshold=0.5)
-    assert read_predictions(tmp_path / "new/predictions.json") == {"one": "caf\u00e9", "two": "b"}
+    assert read_predictions(tmp_path / "new/predictions.json") == best
     assert read_null_odds(tmp_path / "new/null_odds.json") == {"one": 0.5, "two": -2.0}
     write_predictions(tmp_path / "v1", [Prediction("one", (Candidate("a", 1.0, 1.0),), "a", None)])
     assert not (tmp_path / "v1/null_odds.json").exists()
@@ -314,7 +316,7 @@ def test_the_files_are_the_original_scripts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("[]", 'Input should be an object; allowed: {"QUESTION ID": "TEXT", ...}'),
+        ("[]", 'Input should be an object; allowed: {"QUESTION ID": "TEXT", ...}, or an n-'),
         ('{"a": 1}', "a: Input should be a valid string"),
         ("{", "Invalid JSON"),
     ],
