@@ -66,7 +66,7 @@ def score_version_2(
     has_answer = {one.id: bool(one.answers) for one in examples}
     scored = raw
     if null_odds is not None:
-        silent = {key for key in has_answer if null_odds[key] > threshold}
+        silent = silenced(null_odds, threshold)
         scored = {
             name: {k: float(not has_answer[k]) if k in silent else s for k, s in scores.items()}
             for name, scores in raw.items()
@@ -80,6 +80,11 @@ def score_version_2(
             best, at = _best_threshold(scores, predictions, null_odds, has_answer)
             result |= {f"best_{name}": best, f"best_{name}_thresh": at}
     return result
+
+
+def silenced(null_odds: Mapping[str, float], threshold: float) -> set[str]:
+    """The questions whose prediction counts as "": their null odds exceed the threshold."""
+    return {key for key, odds in null_odds.items() if odds > threshold}
 
 
 def normalize_answer(text: str) -> str:

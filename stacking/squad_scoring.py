@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stacking.squad_data import SquadError, SquadExample, read_squad
-from stacking.squad_metrics import Scores, score_version_1, score_version_2
+from stacking.squad_metrics import Scores, score_version_1, score_version_2, silenced
 from stacking.squad_predictions import read_null_odds, read_predictions, write_texts
 
 NULL_THRESHOLD = 1.0
@@ -27,6 +27,7 @@ def score_files(
     examples = read_squad(gold)
     texts = read_predictions(predictions)
     odds = None if null_odds is None else read_null_odds(null_odds)
+    threshold = NULL_THRESHOLD if null_threshold is None else null_threshold
     if not examples.is_version_2:
         for flag, value in (("odds", odds), ("threshold", null_threshold)):
             if value is not None:
@@ -34,12 +35,11 @@ def score_files(
         _tell_unanswered(examples.examples, texts)
         scores = score_version_1(examples.examples, texts)
     else:
-        threshold = NULL_THRESHOLD if null_threshold is None else null_threshold
         scores = score_version_2(examples.examples, texts, odds, threshold)
-        silent = {key for key, value in (odds or {}).items() if value > threshold}
-        texts = {one.id: "" if one.id in silent else texts[one.id] for one in examples.examples}
     if out is not None:
-        _write(out, texts)
+        silent = silenced(odds or {}, threshold)
+        asked = [one.id for one in examples.examples if one.id in texts]
+        _write(out, {key: "" if key in silent else texts[key] for key in asked})
     return scores
 
 

@@ -67,9 +67,11 @@ def test_unanswered_questions_are_told(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "predictions.json"
-    path.write_text('{"mill-when": "1764"}')
-    assert command("score", VERSION_1, path, "--json") == 0
+    path.write_text('{"mill-when": "1764", "of another file": "1765"}')
+    out = tmp_path / "scored.json"
+    assert command("score", VERSION_1, path, "--out", out, "--json") == 0
     said = capsys.readouterr()
+    assert json.loads(out.read_text()) == {"mill-when": "1764"}
     assert json.loads(said.out)["exact_match"] == pytest.approx(100 / 19)
     assert said.err == "18 of 19 questions have no prediction and count as 0\n"
 
