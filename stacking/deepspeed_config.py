@@ -218,11 +218,16 @@ def _for_stage(config: DeepSpeedConfig, recipe: Recipe, stage: int) -> DeepSpeed
 def _fit_precision(
     settings: EngineSettings, accelerator: Accelerator, strict: bool
 ) -> tuple[Precision, list[str], list[str]]:
-    """Precision to run in, notices, faults. Only a CPU may run another one than was asked."""
+    """Precision to run in, notices, faults. Only a CPU may run another one than was asked.
+
+    fp16 never runs on a CPU, even where DeepSpeed takes it: bf16 is more than twice as fast there,
+    and torch's LayerNorm keeps its statistics in 16 bits, where those of a constant row (padding
+    without positions) are infinite.
+    """
     asked = asked_precision(settings)
     supported = {
         "fp32": True,
-        "fp16": accelerator.supports_fp16,
+        "fp16": accelerator.supports_fp16 and accelerator.kind == "cuda",
         "bf16": accelerator.supports_bf16,
         "bf16_autocast": accelerator.supports_bf16,
     }
@@ -233,10 +238,10 @@ def _fit_precision(
         other = "bf16" if kind == "fp16" else "fp16"
         return asked, [], [f"{asked}: this GPU has no {kind} arithmetic; allowed: {other} or fp32"]
     instead: Precision = "bf16" if accelerator.supports_bf16 else "fp32"
-    lack = f"this CPU has no {kind} arithmetic"
+    lack = "which is for GPUs" if kind == "fp16" else "which this CPU has no arithmetic for"
     if strict:
         hint = f"--strict-precision refuses another; allowed here: {instead}"
-        return asked, [], [f"{asked}: {lack} and {hint}"]
+        return asked, [], [f"{asked}, {lack}: {hint}"]
     notice = f"{kind} asked, {lack}: running {instead}; --strict-precision refuses instead"
     return instead, [notice], []
 

@@ -114,8 +114,7 @@ def accelerator_of(hosts: Mapping[str, Facts], kind: str) -> Accelerator | None:
     if not told:
         return None
     if kind == "cpu":
-        fp16 = all(devices.supports_fp16 and not devices.gpus for devices in told)
-        return Accelerator("cpu", supports_fp16=fp16, supports_bf16=True, fused_adam=False)
+        return Accelerator("cpu", supports_fp16=False, supports_bf16=True, fused_adam=False)
     return Accelerator(
         "cuda",
         supports_fp16=all(devices.supports_fp16 for devices in told),

@@ -213,7 +213,8 @@ def devices() -> dict[str, object]:
     rows = [[part.strip() for part in line.split(",")] for line in smi.splitlines()]
     found["smi"] = [row for row in rows if len(row) == 4]
     try:
-        found.update(gpus(torch) if torch.cuda.is_available() else cpu(torch))
+        has_gpus = torch.cuda.is_available()
+        found.update(gpus(torch) if has_gpus else {"gpus": [], "supports_bf16": True})
     except (RuntimeError, AssertionError, AttributeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return found
@@ -237,12 +238,6 @@ def nccl_version() -> str:
         return ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
     except AttributeError:
         return ""
-
-
-def cpu(torch: ModuleType) -> dict[str, object]:
-    """Of a CPU, as DeepSpeed's accelerator asks."""
-    fp16 = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    return {"gpus": [], "supports_fp16": bool(fp16()), "supports_bf16": True}
 
 
 def nvcc_release(home: str | None) -> str:

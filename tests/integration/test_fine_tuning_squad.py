@@ -42,8 +42,7 @@ def test_what_is_odd_is_told_and_lost_answers_are_given_again(tmp_path: Path) ->
         f"{train} is of version 1.1, {VERSION_2} of 2.0: the model never sees a question without "
         "an answer",
         f"{train}: 1 questions left out: their answer, or their whole context, has no token: odd",
-        "fp16 asked, this CPU has no fp16 arithmetic: running bf16; --strict-precision refuses "
-        "instead",
+        "fp16 asked, which is for GPUs: running bf16; --strict-precision refuses instead",
     ):
         assert told.count(line) == 1, told
     found = json.loads(done.stdout)

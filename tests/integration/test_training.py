@@ -295,7 +295,6 @@ def test_limits_stop_a_run_which_then_goes_on_as_if_it_had_not(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_default_json_runs_in_bf16_on_a_cpu_and_says_so(
     tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CPU = {"gpus": [], "supports_fp16": False, "supports_bf16": True}
+CPU = {"gpus": [], "supports_bf16": True}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from stacking.config import Recipe
 from stacking.config_loading import load_recipe
@@ -119,31 +120,37 @@ def test_resolving_does_not_change_the_loaded_json(tmp_path: Path) -> None:
     assert engines[1].deepspeed["zero_optimization"] == {"stage": 1}
 
 
-def test_fp16_becomes_bf16_on_a_cpu_without_fp16_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cpu", [CPU, NEW_CPU])
+def test_fp16_becomes_bf16_on_every_cpu_and_says_so(cpu: Accelerator, tmp_path: Path) -> None:
     document = {
         **GOOD,
         "fp16": {"enabled": True, "initial_scale_power": 8},
         "communication_data_type": "fp16",
         "data_types": {"grad_accum_dtype": "fp16"},
     }
-    engine = resolved(tmp_path, document)
+    engine = resolved(tmp_path, document, cpu)
     assert engine.precision == "bf16"
     assert engine.deepspeed["bf16"] == {"enabled": True}
     assert "fp16" not in json.dumps(engine.deepspeed)
     assert engine.notices == (
-        "fp16 asked, this CPU has no fp16 arithmetic: running bf16; "
-        "--strict-precision refuses instead",
+        "fp16 asked, which is for GPUs: running bf16; --strict-precision refuses instead",
     )
-    assert resolved(tmp_path, document, NEW_CPU).precision == "fp16"
     assert resolved(tmp_path, document, OLD_CPU).precision == "fp32"
+
+
+def test_torch_has_no_fp16_layer_norm_on_a_cpu_for_a_constant_row() -> None:
+    """Why fp16 is for GPUs; when this fails, what is left is that bf16 is faster on a CPU."""
+    norm = torch.nn.LayerNorm(8, eps=1e-12).half()
+    norm(torch.zeros(2, 8, dtype=torch.float16)).sum().backward()
+    assert norm.weight.grad is not None
+    assert norm.weight.grad.isnan().all()
 
 
 def test_bf16_in_place_of_fp16_adds_up_gradients_in_fp32_at_zero_1(tmp_path: Path) -> None:
     fp32 = {"grad_accum_dtype": "fp32"}
     assert resolved(tmp_path, GOOD).deepspeed["data_types"] == fp32
     for document, device in (
-        (GOOD | {"zero_optimization": {"stage": 2}}, CPU), (GOOD, OLD_CPU), (GOOD, NEW_CPU),
-        (GOOD, CUDA),
+        (GOOD | {"zero_optimization": {"stage": 2}}, CPU), (GOOD, OLD_CPU), (GOOD, CUDA),
     ):  # fmt: skip
         assert "data_types" not in resolved(tmp_path, document, device).deepspeed
     asked = {"data_types": {"grad_accum_dtype": "bf16"}}
@@ -158,8 +165,12 @@ def test_unpadding_is_ours_and_not_deepspeeds(tmp_path: Path) -> None:
 
 
 def test_strict_precision_refuses_another_precision(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="fp16: this CPU has no fp16 .*allowed here: bf16"):
-        resolved(tmp_path, GOOD, strict=True)
+    for cpu in (CPU, NEW_CPU):
+        with pytest.raises(ConfigError, match="fp16, which is for GPUs: .*allowed here: bf16"):
+            resolved(tmp_path, GOOD, cpu, strict=True)
+    bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    with pytest.raises(ConfigError, match="bf16, which this CPU has no .*allowed here: fp32"):
+        resolved(tmp_path, bf16, OLD_CPU, strict=True)
     assert resolved(tmp_path, GOOD, CUDA, strict=True).precision == "fp16"
 
 
@@ -362,7 +373,7 @@ def test_faults_of_all_stages_are_reported_together_and_once(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         resolve_stages(config, using, world_size=2, accelerator=CPU, strict_precision=True)
     assert len(caught.value.faults) == 2
-    assert "fp16: this CPU" in caught.value.faults[0]
+    assert "fp16, which is for GPUs" in caught.value.faults[0]
     assert "micro_batch_size_per_gpu: got 7" in caught.value.faults[1]
 
 

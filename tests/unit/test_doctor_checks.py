@@ -343,7 +343,7 @@ def test_the_batch_and_the_precision_are_those_of_the_ranks_and_the_device() -> 
     found = batch_findings(plan, 4, cpu, None)
     assert [finding.status for finding in found] == ["ok", "warn"]
     assert "4 ranks = 32" in found[0].found
-    assert "fp16 asked, this CPU has no fp16 arithmetic" in found[1].found
+    assert "fp16 asked, which is for GPUs: running bf16" in found[1].found
     (fault,) = batch_findings(plan, 7, cpu, None)
     assert "world of 7 ranks" in fault.found
     assert fault.fix.startswith("allowed: ")
